@@ -1,0 +1,309 @@
+"""The command line: `python -m lofa_core predict` and `python -m lofa_core inspect`."""
+
+import argparse
+import hashlib
+import math
+import os
+import sys
+import uuid
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from . import __version__, miniature
+from .base_models import BaseWeights
+from .checkpoint import load_hypernetwork
+from .conditions.text import TextEncoder, check_prompt
+from .heatmap import render
+from .hypernetwork import ConditionDescription
+from .inspection import CONDITION_KEY, inspect
+from .lora_files import match, read_safetensors, save_lora, write_safetensors
+from .prediction import Prediction, predict
+
+try:
+    from PIL import Image
+    from rich.console import Console
+    from rich.highlighter import RegexHighlighter
+    from rich.progress import Progress
+    from rich.table import Table
+    from rich.text import Text
+    from rich.theme import Theme
+except ImportError as error:  # ComfyUI's Python has no rich
+    sys.exit(f"error: the command line needs the package {error.name}: pip install rich pillow")
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+EXAMPLE = "a person swings the left arm widely and quickly, moves to the right, leaning left, feet together"
+THEME = Theme({"help.option": "cyan", "help.heading": "bold", "help.value": "green"})
+
+
+class _HelpColours(RegexHighlighter):
+    base_style = "help."
+    highlights = [
+        r"(?P<option>(?<![\w-])--?[a-z][a-z-]*)",
+        r"(?m)^(?P<heading>[a-z][a-z ]*:)",
+        r"(?P<value>\b[A-Z]{3,}\b)",
+    ]
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, its help in colour and its errors in the same shape as ours."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.color = False  # Python 3.14's own colours would clash with these
+
+    def print_help(self, file=None) -> None:
+        console = Console(file=file, theme=THEME, highlighter=_HelpColours(), soft_wrap=True)
+        console.print(self.format_help(), markup=False)
+
+    def error(self, message: str) -> NoReturn:
+        _complain(f"{message} (see {self.prog} --help)")
+        sys.exit(2)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code is 0, 2 for what the user can put right, 130 when interrupted."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            _complain(f"{error.filename}: {error.strerror}.")
+        else:
+            _complain(str(error))
+        return 2
+    except KeyboardInterrupt:
+        _complain("interrupted.")
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m lofa_core", description="LoFA: predict an ordinary LoRA from a sentence."
+    )
+    parser.add_argument("--version", action="version", version=f"LoFA {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    predict_ = commands.add_parser(
+        "predict",
+        help="predict a LoRA and write it to a file",
+        description="Predict a LoRA and write it to a file that ComfyUI and diffusers load. Without "
+        "--hypernetwork and --base, the miniature in this repository is used; it needs no download.",
+        epilog=f'example: python -m lofa_core predict --prompt "{EXAMPLE}" --out lora.safetensors',
+    )
+    wish = predict_.add_mutually_exclusive_group(required=True)
+    wish.add_argument(
+        "--prompt", metavar="TEXT", help="what the LoRA shall bring out (BASE has a text encoder)"
+    )
+    wish.add_argument(
+        "--condition",
+        type=Path,
+        metavar="COND",
+        help=f"the encoded text, one tensor {CONDITION_KEY} [1, S, d]",
+    )
+    predict_.add_argument("--out", type=Path, required=True, metavar="LORA", help="the .safetensors to write")
+    predict_.add_argument("--hypernetwork", type=Path, metavar="H", help="a LoFA hypernetwork (.safetensors)")
+    predict_.add_argument(
+        "--base", type=Path, metavar="BASE", help="the base model: a file, an index or a folder"
+    )
+    predict_.add_argument(
+        "--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps (default: cuda where it is)"
+    )
+    predict_.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="of the computation (default: float32)"
+    )
+    predict_.add_argument(
+        "--strength", type=_finite, default=1.0, metavar="X", help="multiplies the LoRA (default: 1)"
+    )
+    predict_.add_argument(
+        "--response-out", type=Path, metavar="R", help="also write the response maps (.safetensors)"
+    )
+    predict_.add_argument("--heatmap", type=Path, metavar="PNG", help="also draw the response maps")
+    predict_.set_defaults(run=_predict)
+
+    inspect_ = commands.add_parser(
+        "inspect",
+        help="say what a file is",
+        description="Say in plain words what a hypernetwork, base model or LoRA is and what it fits.",
+    )
+    inspect_.add_argument("file", type=Path, metavar="FILE", help="a .safetensors file, an index or a folder")
+    inspect_.set_defaults(run=_inspect)
+    return parser
+
+
+def _predict(options: argparse.Namespace) -> None:
+    hypernetwork_file = options.hypernetwork or miniature.HYPERNETWORK
+    base_path = options.base or miniature.FOLDER
+    _check_outputs(options, [hypernetwork_file, base_path, options.condition])
+    device = _device(options.device)
+
+    hypernetwork = load_hypernetwork(hypernetwork_file)
+    base = BaseWeights.open(base_path)
+    condition = _condition(options, hypernetwork.condition, base_path)
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(f"predicting {len(base.model.layers)} layers", total=None)
+        prediction = predict(
+            hypernetwork,
+            base,
+            condition,
+            device=device,
+            dtype=DTYPES[options.dtype],
+            want_response=bool(options.response_out or options.heatmap),
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    metadata = {
+        **prediction.lora.metadata,
+        "lofa_version": __version__,
+        "lofa_hypernetwork_sha256": _sha256(hypernetwork_file),
+        "lofa_base": base.model.name,
+        "lofa_base_fingerprint": base.fingerprint(),
+        "lofa_condition": hypernetwork.condition.kind,
+        "lofa_strength": repr(options.strength),
+    }
+    if options.prompt is not None:
+        metadata["lofa_prompt"] = options.prompt
+    lora = replace(prediction.lora.scaled(options.strength), metadata=metadata)
+    save_lora(lora, options.out)
+    written = [options.out, *_write_responses(options, prediction, base)]
+    output = Console(soft_wrap=True, highlight=False)
+    output.print(
+        f"{match(lora, base.model).summary()} ({base.model.name}), rank {lora.rank}, "
+        f"predicted in {prediction.seconds:.2f} s on {device}",
+        markup=False,
+    )
+    for path in written:
+        output.print(f"wrote {path}", markup=False)
+
+
+def _write_responses(options: argparse.Namespace, prediction: Prediction, base: BaseWeights) -> list[Path]:
+    """Write what --response-out and --heatmap ask for; the files written."""
+    written = []
+    if options.response_out:
+        write_safetensors(prediction.responses, options.response_out, {"lofa_version": __version__})
+        written.append(options.response_out)
+    if options.heatmap:
+        layers = base.model.layers
+        picture = render(
+            prediction.responses,
+            columns=(layer.kind for layer in layers),
+            rows=(layer.depth for layer in layers),
+        )
+        unfinished = options.heatmap.with_name(f".{options.heatmap.name}.{uuid.uuid4().hex}")
+        try:
+            Image.fromarray(picture).save(unfinished, format="PNG")
+            os.replace(unfinished, options.heatmap)
+        finally:
+            unfinished.unlink(missing_ok=True)
+        written.append(options.heatmap)
+    return written
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    description = inspect(options.file)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(Text.assemble((str(options.file), "bold"), f" is {description.kind}."))
+    if not console.is_terminal:  # a line each, for whoever greps
+        for name, words in description.facts:
+            console.print(f"{name:<16}{words}", markup=False)
+        return
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, words in description.facts:
+        table.add_row(Text(name), Text(words))
+    console.print(table)
+
+
+def _condition(options: argparse.Namespace, wanted: ConditionDescription, base: Path) -> Tensor:
+    """The condition [1, S, d] from --prompt or --condition, as wide as the hypernetwork takes it."""
+    if options.prompt is not None:
+        if wanted.kind != "text":
+            raise ValueError(f"This hypernetwork is conditioned on {wanted.kind}; --prompt gives text.")
+        check_prompt(options.prompt, wanted.words)
+        tensor, source = TextEncoder.open(base).encode(options.prompt), "the text encoder of " + str(base)
+    else:
+        tensors, _ = read_safetensors(options.condition)
+        if list(tensors) != [CONDITION_KEY]:
+            raise ValueError(
+                f"{options.condition}: holds {', '.join(list(tensors)[:3]) or 'nothing'}; "
+                f"expected one tensor {CONDITION_KEY} [1, S, d]."
+            )
+        tensor, source = tensors[CONDITION_KEY], str(options.condition)
+    if tensor.ndim != 3 or tensor.shape[0] != 1 or not tensor.shape[1] or not tensor.is_floating_point():
+        raise ValueError(
+            f"{source}: {CONDITION_KEY} is {tensor.dtype} of shape {list(tensor.shape)}; "
+            "expected floating point numbers of shape [1, S, d]."
+        )
+    if tensor.shape[2] != wanted.width:
+        raise ValueError(
+            f"{source}: {tensor.shape[2]} numbers per token; this hypernetwork takes {wanted.width}. "
+            "Use the text encoder of the base model that the hypernetwork was trained for."
+        )
+    if not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"{source}: holds values that are not numbers. Encode the text again.")
+    return tensor
+
+
+def _check_outputs(options: argparse.Namespace, inputs: list[Path | None]) -> None:
+    """Refuse, before any work, files that could not be written or would overwrite an input."""
+    taken = {path.resolve() for path in inputs if path is not None}
+    for path, suffix in (
+        (options.out, ".safetensors"),
+        (options.response_out, ".safetensors"),
+        (options.heatmap, ".png"),
+    ):
+        if path is None:
+            continue
+        if path.suffix.lower() != suffix:
+            raise ValueError(f"{path}: the name of this output must end in {suffix}.")
+        if not path.parent.is_dir():
+            raise ValueError(f"{path}: the folder {path.parent} does not exist. Make it first.")
+        if path.is_dir():
+            raise ValueError(f"{path}: is a folder. Name a file.")
+        if path.resolve() in taken:
+            raise ValueError(
+                f"{path}: is also another file of this command. Give each output a name of its own."
+            )
+        taken.add(path.resolve())
+
+
+def _device(name: str | None) -> torch.device:
+    """The device of that name; without one, the GPU where there is one. ValueError where it is not there."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name}: unknown; expected cpu, cuda, cuda:1 or mps.") from error
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (device.index or 0) >= there.get(device.type, 0):
+        raise ValueError(f"--device {name}: this computer has no such device, or this PyTorch cannot use it.")
+    return device
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return number
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _complain(message: str) -> None:
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print(Text.assemble(("error: ", "bold red"), " ".join(message.split())))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

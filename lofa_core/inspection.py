@@ -1,0 +1,192 @@
+"""What a file is, in plain words: hypernetwork, base model, LoRA, condition or response maps."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from .base_models import BaseWeights, TargetLayer, describe, open_safetensors
+from .checkpoint import FORMAT, load_hypernetwork
+from .hypernetwork import LayerDescription
+from .key_names import LAYOUTS, canonical_name, default_layout, layout_name
+from .lora import LoRA
+from .lora_files import load_lora
+
+CONDITION_KEY = "text_emb"
+_LAYOUT_WORDS = {
+    "comfyui": "ComfyUI's names",
+    "original": "WAN's original names, without a prefix",
+    "diffusers": "diffusers' names, without a prefix",
+    "kohya": "Kohya's names",
+    "peft": "PEFT's names",
+}
+_CHECKPOINT_PREFIX = "model.diffusion_model."
+
+
+@dataclass(frozen=True)
+class Description:
+    """`kind` finishes the sentence "this is ..."; `facts` are (name, words) in reading order."""
+
+    kind: str
+    facts: tuple[tuple[str, str], ...]
+
+
+def inspect(path: Path | str) -> Description:
+    """Say what a file or folder is.
+
+    Raises FileNotFoundError, or ValueError for a damaged file and for one that LoFA has no use for.
+    """
+    path = Path(path)
+    if path.is_dir() or path.suffix == ".json":
+        return _base(path)
+    with open_safetensors(path) as handle:
+        keys, metadata = list(handle.keys()), handle.metadata() or {}
+    if metadata.get("format") == FORMAT:
+        return _hypernetwork(path, metadata)
+    if any(".lora" in key or key.startswith("lora_") or key.endswith(".alpha") for key in keys):
+        return _lora(load_lora(path), keys)
+    if keys == [CONDITION_KEY]:
+        return _condition(path)
+    if keys and all(canonical_name(key) == key for key in keys):
+        return _responses(path, keys)
+    if any(key.endswith(".weight") and canonical_name(key.removesuffix(".weight")) for key in keys):
+        return _base(path)
+    raise ValueError(
+        f"{path}: not a hypernetwork, base model or LoRA that LoFA knows. It holds {len(keys)} tensors, "
+        f"the first are {', '.join(keys[:2]) or 'none'}. Check that it is the file you meant."
+    )
+
+
+def _base(path: Path) -> Description:
+    weights = BaseWeights.open(path)
+    layers = weights.model.layers
+    prefixed = all(layer.key.startswith(_CHECKPOINT_PREFIX) for layer in layers)
+    layout = _layout((layer.name, layer.key.removesuffix(".weight")) for layer in layers)
+    return Description(
+        f"a base model, {weights.model.name}",
+        (
+            ("target layers", weights.model.summary()),
+            ("blocks", _blocks(layers)),
+            ("layout", "a whole checkpoint's names" if prefixed else layout),
+            ("dtype", _dtypes(weights.read(layer) for layer in layers[:1])),
+            ("fingerprint", weights.fingerprint()),
+            ("fits", f"hypernetworks and LoRAs made for {weights.model.name}"),
+        ),
+    )
+
+
+def _lora(lora: LoRA, keys: list[str]) -> Description:
+    ranks = Counter(layer.rank for layer in lora.values())
+    shapes = Counter(layer.shape for layer in lora.values())
+    modules = {key.rsplit(".lora", 1)[0].removesuffix(".alpha") for key in keys}
+    layout = _layout((canonical_name(module) or module, module) for module in modules)
+    usual = _layout((name, layout_name(name, default_layout(lora))) for name in lora)
+    loads = (
+        "ComfyUI and diffusers both load it"
+        if layout == usual
+        else f"not every tool loads it; {usual} are the ones that ComfyUI and diffusers both load"
+    )
+    alphas = {layer.alpha / layer.rank for layer in lora.values()}
+    facts = [
+        ("target layers", _shapes(shapes)),
+        ("rank", ", ".join(f"{rank}" for rank in sorted(ranks))),
+        ("scale", ", ".join(f"{alpha:g}" for alpha in sorted(alphas)[:4]) + " (alpha / rank)"),
+        ("parameters", f"{lora.parameter_count:,}"),
+        ("dtype", _dtypes(layer.B for layer in lora.values())),
+        ("layout", f"{layout}: {loads}"),
+        ("fits", _lora_fits(lora)),
+    ]
+    facts += sorted(
+        (name.removeprefix("lofa_").replace("_", " "), text) for name, text in lora.metadata.items()
+    )
+    return Description("a LoRA", tuple(facts))
+
+
+def _lora_fits(lora: LoRA) -> str:
+    try:
+        base = describe({f"{name}.weight": layer.shape for name, layer in lora.items()})
+    except ValueError:  # a LoRA of some layers only says too little to tell the sizes of one family apart
+        family = "WAN2.1" if default_layout(lora) == "comfyui" else "SDXL"
+        return f"a {family} with layers of these shapes (it changes only some of the target layers)"
+    return f"{base.name}, all {len(base.layers)} target layers"
+
+
+def _hypernetwork(path: Path, metadata: dict[str, str]) -> Description:
+    hypernetwork = load_hypernetwork(path)
+    with open_safetensors(path) as handle:  # as stored: in memory it is float32
+        dtypes = _dtypes(handle.get_tensor(key) for key in handle.keys())
+    base, condition = hypernetwork.base, hypernetwork.condition
+    words = f"a closed vocabulary of {len(condition.words)} words" if condition.words else "any words"
+    shapes = Counter(tuple(layer.shape) for layer in base.layers)
+    return Description(
+        f"a hypernetwork: it predicts LoRAs for {base.name}",
+        (
+            ("target layers", _shapes(shapes)),
+            ("blocks", _blocks(base.layers)),
+            ("rank", f"{hypernetwork.config.rank}"),
+            ("condition", f"{condition.kind}, {condition.width} numbers per token; {words}"),
+            ("coarse prompt", condition.coarse_prompt or "none"),
+            ("parameters", f"{sum(p.numel() for p in hypernetwork.parameters()):,}"),
+            ("dtype", dtypes),
+            ("layout", "LoFA's own, both stages in one file"),
+            ("fits", f"{base.name}, fingerprint {base.fingerprint or 'not recorded'}"),
+            *((name, metadata[name]) for name in ("notes",) if name in metadata),
+        ),
+    )
+
+
+def _condition(path: Path) -> Description:
+    with open_safetensors(path) as handle:
+        tensor = handle.get_tensor(CONDITION_KEY)
+    return Description(
+        "a text condition",
+        (
+            ("shape", "x".join(str(size) for size in tensor.shape) + " (1, tokens, numbers per token)"),
+            ("dtype", _dtypes([tensor])),
+            ("fits", f"hypernetworks conditioned on text of {tensor.shape[-1]} numbers per token"),
+        ),
+    )
+
+
+def _responses(path: Path, keys: list[str]) -> Description:
+    with open_safetensors(path) as handle:
+        tensors = [handle.get_tensor(key) for key in keys]
+    mean = sum(tensor.float().mean().item() for tensor in tensors) / len(tensors)
+    return Description(
+        "a set of response maps",
+        (
+            ("target layers", _shapes(Counter(tuple(tensor.shape) for tensor in tensors))),
+            ("dtype", _dtypes(tensors)),
+            ("mean response", f"{mean:.1%} of the weights"),
+        ),
+    )
+
+
+def _shapes(counts: Counter) -> str:
+    """`240 layers of 1536x1536`, or each shape with its count."""
+    parts = [f"{count} of {'x'.join(map(str, shape))}" for shape, count in sorted(counts.items())]
+    return (
+        parts[0].replace(" of ", " layers of ", 1)
+        if len(parts) == 1
+        else f"{counts.total()}: {', '.join(parts)}"
+    )
+
+
+def _blocks(layers: Sequence[TargetLayer] | Sequence[LayerDescription]) -> str:
+    kinds = ", ".join(dict.fromkeys(layer.kind for layer in layers))
+    return f"{len({layer.depth for layer in layers})}, with {kinds}"
+
+
+def _dtypes(tensors: Iterable[Tensor]) -> str:
+    return ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
+
+
+def _layout(names: Iterable[tuple[str, str]]) -> str:
+    """The layout in which all (canonical name, module name) pairs are spelled."""
+    pairs = list(names)
+    for layout in LAYOUTS:
+        if all(module == layout_name(name, layout) for name, module in pairs):
+            return _LAYOUT_WORDS[layout]
+    return "names of no known tool, or of several"

@@ -1,0 +1,182 @@
+"""LoRA files: safetensors in every layout of key_names.py, and the count of layers that fit a base model."""
+
+import os
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .base_models import BaseModel, open_safetensors
+from .key_names import canonical_name, default_layout, layout_name
+from .lora import LoRA, LoRALayer
+
+# What stands after a layer's name -> what it holds.
+SUFFIXES = {
+    ".lora_A.weight": "A",
+    ".lora_B.weight": "B",
+    ".lora_A.default.weight": "A",  # a raw PEFT state dict names the adapter
+    ".lora_B.default.weight": "B",
+    ".lora_down.weight": "A",  # Kohya
+    ".lora_up.weight": "B",
+    ".lora.down.weight": "A",  # diffusers' older scripts
+    ".lora.up.weight": "B",
+    ".alpha": "alpha",  # where it is absent, alpha = r
+}
+
+
+def to_state_dict(
+    lora: LoRA, layout: str | None = None, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """A [r, in] and B [out, r] of each layer under the names of `layout`; by default the one all tools load.
+
+    Kohya's layout keeps alpha as a tensor of its own. The others have no place for it that every tool reads,
+    so there alpha / r is multiplied into B. `dtype` None keeps each tensor's own. Raises ValueError for an
+    unknown layout.
+    """
+    layout = layout or default_layout(lora)
+    state: dict[str, Tensor] = {}
+    for name, layer in lora.items():
+        key = layout_name(name, layout)
+        if layout == "kohya":
+            down, up, B = "lora_down", "lora_up", layer.B
+            state[f"{key}.alpha"] = torch.tensor(float(layer.alpha))
+        else:
+            down, up, B = "lora_A", "lora_B", layer.B.float() * (layer.alpha / layer.rank)
+        state[f"{key}.{down}.weight"] = layer.A.to(dtype or layer.A.dtype)
+        state[f"{key}.{up}.weight"] = B.to(dtype or layer.B.dtype)
+    return state
+
+
+def from_state_dict(state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> LoRA:
+    """The LoRA in a state dict of any layout, its tensors untouched.
+
+    Raises ValueError naming the key that is not part of a LoRA of target layers, or whose partner is missing.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in state.items():
+        module, part = _split(key)
+        name = canonical_name(module)
+        if name is None:
+            raise ValueError(
+                f"{key} changes a layer that LoFA does not know. It reads LoRAs of the attention (q, k, v, "
+                "o) of WAN2.1 or of SDXL's UNet, under ComfyUI, original, diffusers, Kohya or PEFT names."
+            )
+        parts = found.setdefault(name, {})
+        if part in parts:
+            raise ValueError(f"{key}: {name} has its {part} twice, under two names.")
+        parts[part] = tensor
+    if not found:
+        raise ValueError("There are no tensors here, so no LoRA.")
+    return LoRA({name: _layer(name, parts) for name, parts in found.items()}, dict(metadata or {}))
+
+
+def _split(key: str) -> tuple[str, str]:
+    """Key -> (module name, "A", "B" or "alpha")."""
+    for suffix, part in SUFFIXES.items():
+        if key.endswith(suffix):
+            return key.removesuffix(suffix), part
+    raise ValueError(
+        f"{key} is not a LoRA's key, which ends in lora_A/lora_B.weight, lora_down/lora_up.weight or alpha. "
+        "Whole models, LoHa, LoKr, DoRA and full differences are not LoRAs."
+    )
+
+
+def _layer(name: str, parts: dict[str, Tensor]) -> LoRALayer:
+    for part in ("A", "B"):
+        if part not in parts:
+            raise ValueError(f"{name} has no {part}: it has only {', '.join(sorted(parts))}.")
+    alpha = parts["alpha"].item() if "alpha" in parts else parts["A"].shape[0]
+    try:
+        return LoRALayer(parts["A"], parts["B"], float(alpha))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def save_lora(
+    lora: LoRA, path: Path | str, layout: str | None = None, dtype: torch.dtype | None = None
+) -> None:
+    """Write a LoRA and its metadata to a .safetensors file, whole or not at all; see `to_state_dict`.
+
+    Raises FileNotFoundError if the folder is not there, ValueError for another file type.
+    """
+    write_safetensors(to_state_dict(lora, layout, dtype), path, lora.metadata)
+
+
+def load_lora(path: Path | str) -> LoRA:
+    """Read a LoRA of any layout. FileNotFoundError, or ValueError naming the file and what is wrong in it."""
+    state, metadata = read_safetensors(path)
+    try:
+        return from_state_dict(state, metadata)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def write_safetensors(tensors: Mapping[str, Tensor], path: Path | str, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file beside its final place and move it there: a failed write leaves the old file.
+
+    Raises FileNotFoundError if the folder is not there, ValueError if the name does not end in .safetensors.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path}: the file's name has to end in .safetensors.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent} to write into. Make it first.")
+    # Tensors may share memory (one A for all layers, slices of one batch), which the format cannot say.
+    own = {
+        key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, tensor in tensors.items()
+    }
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        unfinished.touch()
+        mode = unfinished.stat().st_mode
+        save_file(own, unfinished, dict(metadata))
+        unfinished.chmod(mode)  # safetensors makes files that only their owner can read
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def read_safetensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) of a safetensors file. FileNotFoundError, or ValueError naming a damaged file."""
+    with open_safetensors(Path(path)) as handle:
+        return {key: handle.get_tensor(key) for key in handle.keys()}, handle.metadata() or {}
+
+
+@dataclass(frozen=True)
+class MatchReport:
+    """How the layers of a LoRA fit a base model, by canonical names."""
+
+    base: str  # the base model's name
+    matched: tuple[str, ...]
+    missing: tuple[str, ...]  # target layers the LoRA leaves as they are
+    unexpected: tuple[str, ...]  # layers of the LoRA that the base does not have
+    wrong_shape: tuple[str, ...]
+
+    def summary(self) -> str:
+        """`32 of 32 layers matched`, and what does not fit."""
+        parts = [
+            f"{len(self.matched)} of {len(self.matched + self.missing + self.wrong_shape)} layers matched"
+        ]
+        if self.wrong_shape:
+            parts.append(f"{len(self.wrong_shape)} have another shape (first {self.wrong_shape[0]})")
+        if self.unexpected:
+            parts.append(f"{len(self.unexpected)} are not in {self.base} (first {self.unexpected[0]})")
+        return "; ".join(parts)
+
+
+def match(lora: LoRA, base: BaseModel) -> MatchReport:
+    """Count which layers of a LoRA fit a base model. Tools apply what fits and say nothing of the rest."""
+    shapes = {layer.name: layer.shape for layer in base.layers}
+    fits = {name: shapes[name] == layer.shape for name, layer in lora.items() if name in shapes}
+    return MatchReport(
+        base=base.name,
+        matched=tuple(name for name in shapes if fits.get(name)),
+        missing=tuple(name for name in shapes if name not in fits),
+        unexpected=tuple(name for name in lora if name not in shapes),
+        wrong_shape=tuple(name for name, fit in fits.items() if not fit),
+    )

@@ -1,0 +1,28 @@
+"""The LoFA nodes: sockets in, one lofa_core call, sockets out."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from . import host
+from .conditions import EncodeText
+from .load import LoadHypernetwork, LoadMiniature
+from .lora import SaveLoRA
+from .predict import PredictLoRA, PredictResponse
+from .view import ResponseHeatmap
+
+
+class LoFAExtension(ComfyExtension):
+    """What ComfyUI asks for when it loads the pack."""
+
+    async def on_load(self) -> None:
+        host.register_folders()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [
+            LoadHypernetwork,
+            LoadMiniature,
+            EncodeText,
+            PredictResponse,
+            PredictLoRA,
+            SaveLoRA,
+            ResponseHeatmap,
+        ]

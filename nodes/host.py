@@ -1,0 +1,207 @@
+"""Everything that touches ComfyUI's internals; no other file of the pack imports them."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import comfy.lora
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import comfy.text_encoders.wan
+import comfy.utils
+import folder_paths
+import torch
+from comfy.cli_args import args
+from server import PromptServer
+from torch import Tensor
+
+from ..lofa_core import miniature
+from ..lofa_core.base_models import BaseWeights
+
+log = logging.getLogger(__name__)
+
+# ------------------------------------------------------------
+# Files
+
+FOLDER = "lofa"  # models/lofa, also in extra_model_paths.yaml
+EMBEDDED_HYPERNETWORK = "miniature (text)"
+
+
+def register_folders() -> None:
+    """Make models/lofa known to ComfyUI, which also lets extra_model_paths.yaml add to it."""
+    folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir, FOLDER)))
+    folder_paths.folder_names_and_paths[FOLDER][1].add(".safetensors")
+
+
+def hypernetwork_names() -> list[str]:
+    """What the loader offers: the embedded hypernetwork, then the files in models/lofa."""
+    return [EMBEDDED_HYPERNETWORK, *folder_paths.get_filename_list(FOLDER)]
+
+
+def hypernetwork_path(name: str) -> Path:
+    """The file behind one of `hypernetwork_names()`."""
+    if name == EMBEDDED_HYPERNETWORK:
+        return miniature.HYPERNETWORK
+    return Path(folder_paths.get_full_path_or_raise(FOLDER, name))
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def new_output_file(prefix: str, suffix: str) -> tuple[Path, str]:
+    """The next free numbered file below the output folder, and its name as shown to the artist.
+
+    Creates the folder. Raises ComfyUI's own error where the prefix leaves the output folder.
+    """
+    folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
+        prefix, folder_paths.get_output_directory()
+    )
+    file = f"{name}_{counter:05}_{suffix}"
+    return Path(folder, file), Path("output", subfolder, file).as_posix()
+
+
+def workflow_metadata(prompt: object, extra_pnginfo: Mapping[str, object] | None) -> dict[str, str]:
+    """The workflow as ComfyUI embeds it in what it saves; empty under --disable-metadata."""
+    if args.disable_metadata:
+        return {}
+    entries = {"prompt": prompt, **(extra_pnginfo or {})}
+    return {key: json.dumps(value) for key, value in entries.items() if value is not None}
+
+
+# ------------------------------------------------------------
+# Progress and devices
+
+
+def device() -> torch.device:
+    """Where ComfyUI computes."""
+    return comfy.model_management.get_torch_device()
+
+
+def progress() -> Callable[[int, int], None]:
+    """A callback (done, total) that moves the running node's progress bar."""
+    bar = comfy.utils.ProgressBar(1)
+    return lambda done, total: bar.update_absolute(done, total)
+
+
+def check_cancelled() -> None:
+    """Raises ComfyUI's interruption where the artist pressed cancel."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+def show_text(node_id: str, text: str) -> None:
+    """Show a line on the node in the page, and in the log."""
+    log.info(text)
+    PromptServer.instance.send_progress_text(text, node_id)
+
+
+# ------------------------------------------------------------
+# The miniature
+
+# All in float32: at this size speed does not matter, and the hypernetwork was trained on float32 weights.
+_MINIATURE_DTYPE = torch.float32
+
+
+def load_miniature() -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
+    """The embedded base model as ComfyUI's own MODEL, CLIP and VAE."""
+    model = comfy.sd.load_diffusion_model(
+        str(miniature.DIFFUSION_MODEL), model_options={"dtype": _MINIATURE_DTYPE}
+    )
+    return model, _load_text_encoder(), _load_vae()
+
+
+def _load_vae() -> comfy.sd.VAE:
+    state, metadata = comfy.utils.load_torch_file(str(miniature.VAE), return_metadata=True)
+    vae = comfy.sd.VAE(sd=state, metadata=metadata, dtype=_MINIATURE_DTYPE)
+    vae.throw_exception_if_invalid()
+    # How ComfyUI makes a second copy on another device.
+    vae.patcher.cached_patcher_init = (comfy.sd.load_vae_patcher, (str(miniature.VAE), metadata, None))
+    return vae
+
+
+class _TextEncoderTarget:
+    """What comfy.sd.CLIP builds: WAN's text encoder and tokeniser, with no further arguments."""
+
+    clip = comfy.text_encoders.wan.te()
+    tokenizer = comfy.text_encoders.wan.WanT5Tokenizer
+    params: dict[str, object] = {}
+
+
+# The sizes in which the miniature's text encoder differs from WAN's own.
+_TEXT_ENCODER_SIZES = ("d_model", "d_ff", "d_kv", "num_heads", "num_layers", "vocab_size")
+
+
+def _load_text_encoder(disable_dynamic: bool = False) -> comfy.sd.CLIP:
+    config = json.loads(miniature.TEXT_ENCODER_CONFIG.read_text(encoding="utf-8"))
+    sizes = {name: config[name] for name in _TEXT_ENCODER_SIZES}
+    vocabulary = torch.frombuffer(bytearray(miniature.TOKENIZER.read_bytes()), dtype=torch.uint8)
+    clip = comfy.sd.CLIP(
+        _TextEncoderTarget,
+        tokenizer_data={"spiece_model": vocabulary},
+        state_dict=[comfy.utils.load_torch_file(str(miniature.TEXT_ENCODER))],
+        model_options={"dtype": _MINIATURE_DTYPE, "umt5xxl_model_config": sizes},
+        disable_dynamic=disable_dynamic,
+    )
+    clip.patcher.cached_patcher_init = (_load_text_encoder_patcher, ())
+    return clip
+
+
+def _load_text_encoder_patcher(disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    return _load_text_encoder(disable_dynamic).patcher
+
+
+# ------------------------------------------------------------
+# CLIP and MODEL
+
+
+def encode_text(clip: comfy.sd.CLIP, text: str) -> Tensor:
+    """The last hidden states of `text`, [1, S, d]; WAN's encoder gives zero rows after the prompt.
+
+    Line breaks become spaces, as in the text encoder of lofa_core: the tokeniser knows no others.
+    """
+    return clip.encode_from_tokens(clip.tokenize(" ".join(text.split())))
+
+
+def base_weights(model: comfy.model_patcher.ModelPatcher) -> BaseWeights:
+    """The MODEL's own weights, read one layer at a time and without the LoRAs applied to it."""
+    parameters = model.model.diffusion_model.named_parameters(prefix="diffusion_model")
+    shapes = {key: tuple(parameter.shape) for key, parameter in parameters}
+    return BaseWeights.from_tensors(shapes, lambda key: _unpatched_weight(model, key))
+
+
+def _unpatched_weight(model: comfy.model_patcher.ModelPatcher, key: str) -> Tensor:
+    """One weight as the file had it, [out, in], on `device()`; quantised weights come out dequantised.
+
+    When ComfyUI patches a weight in place it keeps the original in `backup`, or in `hook_backup` where only a
+    hook patched it. Otherwise patches are added during the forward pass and the model holds the original.
+    """
+    weight, _, convert = comfy.model_patcher.get_key_weight(model.model, key)
+    if key in model.backup:
+        weight = model.backup[key].weight
+    elif key in model.hook_backup:
+        weight = model.hook_backup[key][0]
+    weight = weight.to(device())  # a partly offloaded model has some here and some there
+    return weight if convert is None else convert(weight)
+
+
+def apply_lora(
+    model: comfy.model_patcher.ModelPatcher, lora: Mapping[str, Tensor], layers: int, strength: float
+) -> comfy.model_patcher.ModelPatcher:
+    """A clone of the MODEL with the LoRA of `layers` layers applied by ComfyUI's own functions.
+
+    Raises ValueError where a layer finds no weight: ComfyUI itself only writes that to its log.
+    """
+    keys = comfy.lora.model_lora_keys_unet(model.model, {})
+    clone = model.clone()
+    matched = clone.add_patches(comfy.lora.load_lora(lora, keys), strength)
+    if len(matched) != layers:
+        raise ValueError(
+            f"Only {len(matched)} of the LoRA's {layers} layers match this MODEL. "
+            "Predict it for the same base model."
+        )
+    return clone

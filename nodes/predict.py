@@ -1,0 +1,123 @@
+"""Prediction: hypernetwork + base weights + condition -> response maps and LoRA."""
+
+from comfy_api.latest import io
+
+from ..lofa_core.lora_files import to_state_dict
+from ..lofa_core.prediction import predict, predict_response
+from . import host
+from .sockets import CATEGORY, ConditionSocket, HypernetworkSocket, LoRAState, ResponseSocket
+
+
+def _inputs() -> list[io.Input]:
+    """The three inputs both nodes share."""
+    return [
+        HypernetworkSocket.Input("hypernetwork", tooltip="From Load Hypernetwork; it must fit the model."),
+        io.Model.Input(
+            "model",
+            tooltip="The base model to personalise. LoRAs already applied to it are looked past: the "
+            "prediction starts from its own weights.",
+        ),
+        ConditionSocket.Input("condition", tooltip="What to personalise for, from Encode Text."),
+    ]
+
+
+def _check_kind(hypernetwork, condition) -> None:
+    if condition.kind != hypernetwork.condition.kind:
+        raise ValueError(
+            f"This hypernetwork is conditioned on {hypernetwork.condition.kind}, the condition is "
+            f"{condition.kind}. Load a {condition.kind} hypernetwork or encode the other kind of condition."
+        )
+
+
+class PredictResponse(io.ComfyNode):
+    """Stage I only -> LOFA_RESPONSE."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="LoFAPredictResponse",
+            display_name="Predict Response (LoFA)",
+            category=CATEGORY,
+            description="Predicts which weights of the base model the LoRA will change (Stage I), "
+            "without the LoRA.",
+            search_aliases=["response map", "lofa stage 1"],
+            inputs=_inputs(),
+            outputs=[
+                ResponseSocket.Output(
+                    display_name="response", tooltip="One map per layer, for Response Heatmap."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, hypernetwork, model, condition) -> io.NodeOutput:
+        _check_kind(hypernetwork, condition)
+        responses = predict_response(
+            hypernetwork,
+            host.base_weights(model),
+            condition.tokens,
+            device=host.device(),
+            progress=host.progress(),
+            check_cancelled=host.check_cancelled,
+        )
+        return io.NodeOutput(responses)
+
+
+class PredictLoRA(io.ComfyNode):
+    """Both stages -> LORA_MODEL, the MODEL with it applied, LOFA_RESPONSE."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="LoFAPredictLoRA",
+            display_name="Predict LoRA (LoFA)",
+            category=CATEGORY,
+            description="Predicts an ordinary LoRA for the model from the condition, in one pass, "
+            "and applies it.",
+            search_aliases=["lofa", "text to lora", "personalize", "personalise", "generate lora"],
+            inputs=[
+                *_inputs(),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.05,
+                    tooltip="How strongly the LoRA is applied to the model output here. The LoRA output "
+                    "itself is not scaled. 1.0 is what was trained; 0 leaves the model as it is.",
+                ),
+            ],
+            outputs=[
+                io.LoraModel.Output(
+                    display_name="lora",
+                    tooltip="For Save LoRA, or core's own LORA_MODEL nodes.",
+                ),
+                io.Model.Output(
+                    display_name="model", tooltip="The model with the LoRA applied; sample with it."
+                ),
+                ResponseSocket.Output(
+                    display_name="response",
+                    tooltip="Which weights are predicted to change, for the heatmap.",
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, hypernetwork, model, condition, strength) -> io.NodeOutput:
+        _check_kind(hypernetwork, condition)
+        prediction = predict(
+            hypernetwork,
+            host.base_weights(model),
+            condition.tokens,
+            device=host.device(),
+            progress=host.progress(),
+            check_cancelled=host.check_cancelled,
+        )
+        metadata = {**prediction.lora.metadata, "lofa_prompt": condition.description}
+        lora = LoRAState(to_state_dict(prediction.lora), metadata)
+        layers = len(prediction.lora.layers)
+        personalised = host.apply_lora(model, lora, layers, strength)
+        report = f"{layers} of {layers} layers matched, predicted in {prediction.seconds:.2f} s"
+        host.show_text(cls.hidden.unique_id, report)
+        return io.NodeOutput(lora, personalised, prediction.responses)

@@ -1,0 +1,33 @@
+"""The sockets that ComfyUI's core has no type for, and what travels through them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from comfy_api.latest import io
+from torch import Tensor
+
+CATEGORY = "LoFA"
+
+HypernetworkSocket = io.Custom("LOFA_HYPERNETWORK")  # lofa_core.hypernetwork.Hypernetwork
+ConditionSocket = io.Custom("LOFA_CONDITION")  # Condition
+ResponseSocket = io.Custom("LOFA_RESPONSE")  # {layer name: [out, in] in 0..1}
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What personalises. `kind` is text, pose, style or identity; `tokens` is [1, S, d]."""
+
+    kind: str
+    tokens: Tensor
+    description: str  # what the artist gave, for the metadata of the LoRA's file
+
+
+class LoRAState(dict[str, Tensor]):
+    """Core's LORA_MODEL, a dict of tensors by key, that also remembers where it came from.
+
+    A subclass, because core's nodes treat the socket as a plain dict and Save LoRA wants the metadata.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]):
+        super().__init__(tensors)
+        self.metadata = dict(metadata)

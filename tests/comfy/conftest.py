@@ -1,0 +1,205 @@
+"""A real ComfyUI for the tests in this folder: found, started once with our pack, talked to over HTTP, ended.
+
+The checkout is $COMFYUI_PATH, else ~/comfy/ComfyUI; its Python is $COMFYUI_PYTHON, else <checkout>/.venv.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+START_SECONDS, RUN_SECONDS = 300, 300
+WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+PAGE_ONLY = {"Note", "MarkdownNote"}  # nodes that live in the page and are never sent to the server
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.comfy)
+
+
+@dataclass(frozen=True)
+class Installation:
+    """A ComfyUI checkout and the Python that runs it."""
+
+    path: Path
+    python: Path
+
+    def environment(self) -> dict[str, str]:
+        """ComfyUI's own environment: two threads at most, and none of this Python's paths."""
+        kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
+        return {"OMP_NUM_THREADS": "2", **kept}
+
+    def check(self, name: str, *arguments: object) -> dict:
+        """Run one function of in_comfyui.py with ComfyUI's Python; what it returns."""
+        command = [self.python, Path(__file__).with_name("in_comfyui.py"), self.path, ROOT, name, *arguments]
+        done = subprocess.run(
+            [str(part) for part in command],
+            capture_output=True,
+            text=True,
+            timeout=RUN_SECONDS,
+            env=self.environment(),
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running ComfyUI. `data` is its base directory."""
+
+    url: str
+    data: Path
+
+    def get(self, path: str) -> bytes:
+        with urllib.request.urlopen(self.url + path, timeout=30) as answer:
+            return answer.read()
+
+    def json(self, path: str) -> dict:
+        return json.loads(self.get(path))
+
+    def run(self, prompt: dict) -> dict:
+        """Queue a workflow in API form and wait; its entry in the history. Fails where ComfyUI refuses it."""
+        body = json.dumps({"prompt": prompt}).encode()
+        request = urllib.request.Request(
+            self.url + "/prompt", data=body, headers={"Content-Type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                prompt_id = json.load(answer)["prompt_id"]
+        except urllib.error.HTTPError as error:
+            pytest.fail(f"ComfyUI refused the workflow: {error.read().decode()[:2000]}")
+        deadline = time.monotonic() + RUN_SECONDS
+        while time.monotonic() < deadline:
+            history = self.json(f"/history/{prompt_id}")
+            if prompt_id in history:
+                return history[prompt_id]
+            time.sleep(0.2)
+        pytest.fail(f"the workflow did not end within {RUN_SECONDS} s")
+
+    def succeed(self, prompt: dict) -> dict:
+        """Run a workflow that must succeed; what its nodes gave, by node id."""
+        entry = self.run(prompt)
+        assert entry["status"]["status_str"] == "success", self.error(entry)
+        return entry["outputs"]
+
+    def fail(self, prompt: dict) -> str:
+        """Run a workflow that must fail while it runs; the error text that the page shows."""
+        entry = self.run(prompt)
+        assert entry["status"]["status_str"] == "error"
+        return self.error(entry)
+
+    @staticmethod
+    def error(entry: dict) -> str:
+        """The error text of a history entry, empty where there was none."""
+        messages = dict(entry["status"]["messages"])
+        return messages.get("execution_error", {}).get("exception_message", "")
+
+    def file(self, shown: dict) -> Path:
+        """The file behind one entry of a node's images."""
+        return self.data / shown["type"] / shown["subfolder"] / shown["filename"]
+
+    def api_form(self, workflow: dict) -> dict:
+        """What the page sends when this saved workflow is queued."""
+        nodes = self.json("/object_info")
+        sources = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
+        prompt = {}
+        for node in workflow["nodes"]:
+            if node["type"] in PAGE_ONLY:
+                continue
+            values = _widget_values(nodes[node["type"]], node.get("widgets_values", []))
+            linked = {slot["name"]: sources[slot["link"]] for slot in node["inputs"] if slot.get("link")}
+            prompt[str(node["id"])] = {"class_type": node["type"], "inputs": {**values, **linked}}
+        return prompt
+
+
+def _widget_values(info: dict, values: list) -> dict:
+    """A node's saved widget values by input name (a seed is followed by its control-after-generate value)."""
+    remaining = iter(values)
+    named = {}
+    inputs = {**info["input"].get("required", {}), **info["input"].get("optional", {})}
+    for name, (kind, *options) in inputs.items():
+        options = options[0] if options else {}
+        if options.get("forceInput") or not (isinstance(kind, list) or kind in WIDGET_TYPES):
+            continue
+        named[name] = next(remaining)
+        if options.get("control_after_generate") or name in ("seed", "noise_seed"):
+            next(remaining)
+    return named
+
+
+@pytest.fixture(scope="session")
+def installation() -> Installation:
+    path = Path(os.environ.get("COMFYUI_PATH") or Path.home() / "comfy/ComfyUI")
+    scripts = "Scripts/python.exe" if sys.platform == "win32" else "bin/python"
+    python = Path(os.environ.get("COMFYUI_PYTHON") or path / ".venv" / scripts)
+    if not (path / "main.py").is_file() or not python.is_file():
+        pytest.skip("no ComfyUI found; set COMFYUI_PATH (and COMFYUI_PYTHON) to test with one")
+    return Installation(path, python)
+
+
+@pytest.fixture(scope="session")
+def server(installation, tmp_path_factory):
+    data = tmp_path_factory.mktemp("comfyui")
+    _link(ROOT, data / "custom_nodes/lofa")
+    miniature = ROOT / "lofa_core/miniature"
+    _link(miniature / "transformer/wan_miniature.safetensors", data / "models/diffusion_models")
+    _link(miniature / "vae/wan_miniature_vae.safetensors", data / "models/vae")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [installation.python, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", port]
+    command += ["--base-directory", data, "--database-url", "sqlite:///:memory:"]
+    command += ["--disable-api-nodes", "--disable-auto-launch"]
+    log = data / "server.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [str(part) for part in command],
+            cwd=installation.path,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=installation.environment(),
+        )
+    try:
+        running = Server(f"http://127.0.0.1:{port}", data)
+        _wait_until_up(running, process, log)
+        yield running
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _link(target: Path, place: Path) -> None:
+    """A symbolic link at `place`, or in it where the target is a file."""
+    place = place / target.name if target.is_file() else place
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.symlink_to(target, target_is_directory=target.is_dir())
+
+
+def _wait_until_up(server: Server, process: subprocess.Popen, log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            break
+        try:
+            server.get("/system_stats")
+        except (urllib.error.URLError, ConnectionError):
+            time.sleep(0.5)
+        else:
+            return
+    pytest.fail(f"ComfyUI did not start:\n{log.read_text()[-3000:]}")

@@ -1,0 +1,135 @@
+"""Checks that need ComfyUI's Python objects, run by `Installation.check` with its Python and not by pytest:
+
+python in_comfyui.py <ComfyUI checkout> <this repository> <function> [argument ...]
+
+Each function returns what the test asserts on; it is written to standard output as one line of JSON.
+"""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+COMFYUI, REPOSITORY, FUNCTION, *ARGUMENTS = sys.argv[1:]
+sys.path[0] = COMFYUI
+sys.argv = [str(Path(COMFYUI, "main.py"))]
+
+from comfy.cli_args import args  # noqa: E402
+
+args.cpu = True  # before anything looks for a device
+
+import comfy.model_management  # noqa: E402
+import comfy.sd  # noqa: E402
+import torch  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+
+def load_pack():
+    """The repository as ComfyUI imports it: a package found by its path."""
+    spec = importlib.util.spec_from_file_location(
+        "lofa_pack", Path(REPOSITORY, "__init__.py"), submodule_search_locations=[REPOSITORY]
+    )
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["lofa_pack"] = module
+    spec.loader.exec_module(module)
+    from lofa_pack.nodes import host
+
+    host.register_folders()
+    return host
+
+
+def unpatched_weights() -> dict:
+    """Weights read from a MODEL that another LoRA was applied to and that is loaded, against the file's."""
+    host = load_pack()
+    from lofa_pack.lofa_core import miniature
+
+    model, _, _ = host.load_miniature()
+    truth = load_file(miniature.DIFFUSION_MODEL)
+    name = "blocks.1.cross_attn.k"
+    width = truth[f"{name}.weight"].shape[0]
+    lora = {
+        f"diffusion_model.{name}.lora_A.weight": torch.randn(2, width),
+        f"diffusion_model.{name}.lora_B.weight": torch.randn(width, 2),
+    }
+    patched = host.apply_lora(model, lora, layers=1, strength=1.0)
+    comfy.model_management.load_models_gpu([patched], force_full_load=True)
+    in_memory = patched.model.diffusion_model.blocks[1].cross_attn.k.weight
+    weights = host.base_weights(patched)
+    differences = [
+        (weights.read(layer).float() - truth[f"{layer.name}.weight"].float()).abs().max().item()
+        for layer in weights.model.layers
+    ]
+    return {
+        "layers": len(weights.model.layers),
+        "name": weights.model.name,
+        "largest_difference": max(differences),
+        "patched_by": (in_memory.float() - truth[f"{name}.weight"].float()).abs().max().item(),
+        "same_fingerprint": weights.fingerprint() == host.base_weights(model).fingerprint(),
+    }
+
+
+def hooked_weights() -> dict:
+    """A weight that a hook has changed in place, as ComfyUI leaves it while hooks are applied."""
+    host = load_pack()
+    model, _, _ = host.load_miniature()
+    key = "diffusion_model.blocks.0.self_attn.q.weight"
+    weight = model.model.diffusion_model.blocks[0].self_attn.q.weight
+    truth = weight.detach().clone()
+    model.hook_backup[key] = (truth.clone(), truth.device)
+    weight.data += 1.0
+    layer = host.base_weights(model).model.layers[0]
+    return {
+        "name": layer.name,
+        "difference": (host.base_weights(model).read(layer) - truth).abs().max().item(),
+    }
+
+
+def text_encoding(prompt: str, out: str) -> dict:
+    """Writes ComfyUI's encoding of a prompt by the miniature's CLIP."""
+    host = load_pack()
+    _, clip, _ = host.load_miniature()
+    tokens = host.encode_text(clip, prompt)
+    save_file({"tokens": tokens.float().contiguous()}, out)
+    return {"shape": list(tokens.shape)}
+
+
+def lora_that_does_not_match() -> dict:
+    """The error for a LoRA whose layers this MODEL lacks."""
+    host = load_pack()
+    model, _, _ = host.load_miniature()
+    lora = {
+        "diffusion_model.blocks.99.self_attn.q.lora_A.weight": torch.zeros(2, 96),
+        "diffusion_model.blocks.99.self_attn.q.lora_B.weight": torch.zeros(96, 2),
+    }
+    try:
+        host.apply_lora(model, lora, layers=1, strength=1.0)
+    except ValueError as error:
+        return {"error": str(error)}
+    return {"error": ""}
+
+
+def wrong_text_encoder() -> dict:
+    """The error for a CLIP of another width than the hypernetwork was trained with."""
+    host = load_pack()
+    from lofa_pack.lofa_core.checkpoint import load_hypernetwork
+    from lofa_pack.nodes.conditions import EXAMPLE, EncodeText
+
+    class Wide:
+        def tokenize(self, text):
+            return text
+
+        def encode_from_tokens(self, tokens):
+            return torch.zeros(1, 77, 768)
+
+    hypernetwork = load_hypernetwork(host.hypernetwork_path(host.EMBEDDED_HYPERNETWORK))
+    try:
+        EncodeText.execute(hypernetwork, Wide(), EXAMPLE)
+    except ValueError as error:
+        return {"error": str(error)}
+    return {"error": ""}
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        result = globals()[FUNCTION](*ARGUMENTS)
+    sys.stdout.write("\n" + json.dumps(result) + "\n")

@@ -1,0 +1,85 @@
+"""What can be said of the nodes without ComfyUI: who imports what, and that the files beside them agree."""
+
+import ast
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+NODES = ROOT / "nodes"
+WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+
+
+def trees() -> dict[str, ast.Module]:
+    return {path.name: ast.parse(path.read_text(encoding="utf-8")) for path in NODES.glob("*.py")}
+
+
+def schema_calls() -> dict[str, ast.Call]:
+    """The io.Schema(...) of every node, by node id."""
+    calls = {}
+    for tree in trees().values():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "io.Schema":
+                keywords = {keyword.arg: keyword.value for keyword in node.keywords}
+                calls[ast.literal_eval(keywords["node_id"])] = node
+    return calls
+
+
+def test_only_host_touches_comfyui_internals():
+    internals = {"comfy", "comfy_extras", "comfy_execution", "folder_paths", "nodes", "server", "execution"}
+    for name, tree in trees().items():
+        modules = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                modules |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                modules.add(node.module.split(".")[0])
+        assert name == "host.py" or not modules & internals, name
+
+
+def test_every_node_class_is_in_the_extension():
+    listed = {
+        ast.unparse(entry)
+        for node in ast.walk(trees()["__init__.py"])
+        if isinstance(node, ast.Return) and isinstance(node.value, ast.List)
+        for entry in node.value.elts
+    }
+    defined = {
+        node.name
+        for tree in trees().values()
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and [ast.unparse(base) for base in node.bases] == ["io.ComfyNode"]
+    }
+    assert listed == defined and len(defined) == len(schema_calls())
+
+
+def test_every_node_has_a_name_a_description_and_aliases():
+    for node_id, call in schema_calls().items():
+        given = {keyword.arg for keyword in call.keywords}
+        assert node_id.startswith("LoFA")
+        assert given >= {"display_name", "category", "description", "search_aliases", "inputs", "outputs"}
+
+
+def test_every_node_has_a_help_page_and_an_entry_in_the_locale():
+    pages = {path.stem for path in (NODES / "web/docs").glob("*.md")}
+    locale = json.loads((ROOT / "locales/en/nodeDefs.json").read_text(encoding="utf-8"))
+    assert pages == set(locale) == set(schema_calls())
+
+
+def test_workflows_are_whole():
+    assert WORKFLOWS
+    for path in WORKFLOWS:
+        workflow = json.loads(path.read_text(encoding="utf-8"))
+        nodes = {node["id"]: node for node in workflow["nodes"]}
+        ours = {node["type"] for node in nodes.values() if node["type"].startswith("LoFA")}
+        assert ours and ours <= set(schema_calls()), path.name
+        for link, source, output, target, entry, kind in workflow["links"]:
+            assert link in nodes[source]["outputs"][output]["links"], (path.name, link)
+            assert nodes[target]["inputs"][entry]["link"] == link, (path.name, link)
+            assert nodes[source]["outputs"][output]["type"] == kind, (path.name, link)
+        linked = {
+            slot["link"]
+            for node in nodes.values()
+            for slot in node.get("inputs", [])
+            if slot["link"] is not None
+        }
+        assert linked == {link[0] for link in workflow["links"]}, path.name

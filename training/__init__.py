@@ -1,0 +1,1 @@
+"""Training of LoFA hypernetworks: data, losses, loops and evaluation (accelerate, diffusers, peft)."""

@@ -1,0 +1,1 @@
+"""What a hypernetwork has to beat."""

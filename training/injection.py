@@ -1,0 +1,43 @@
+"""LoRAs as tensors in a running diffusers model: many tasks in one batch, gradients to the factors, no weight touched."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor, nn
+
+from lofa_core.key_names import wan_to_diffusers
+
+
+def target_modules(model: WanTransformer3DModel, names: list[str]) -> dict[str, nn.Linear]:
+    """Canonical layer names ("blocks.0.self_attn.q") -> the diffusers modules that hold those weights."""
+    return {
+        name: model.get_submodule(wan_to_diffusers(f"{name}.weight").removesuffix(".weight"))
+        for name in names
+    }
+
+
+@contextmanager
+def injected(
+    modules: Mapping[str, nn.Linear], A: Mapping[str, Tensor], B: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """Within the context every module adds B A x to its output (eq. 1).
+
+    A[name] is [K, r, in] and B[name] [K, out, r] for K tasks; the model's batch must then be K equal parts, one a task.
+    """
+    handles = [modules[name].register_forward_hook(_hook(A[name], B[name])) for name in A]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hook(A: Tensor, B: Tensor):
+    def add(module: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        tasks = len(A)
+        x = inputs[0].reshape(tasks, -1, A.shape[-1])
+        return output + torch.bmm(torch.bmm(x, A.transpose(1, 2)), B.transpose(1, 2)).view_as(output)
+
+    return add

@@ -1,0 +1,179 @@
+"""One run: its folder, its stages in order, and what each leaves behind."""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from lofa_core import miniature
+from lofa_core.checkpoint import load_hypernetwork, save_hypernetwork
+from lofa_core.hypernetwork import Hypernetwork, HypernetworkConfig
+
+from .config import TrainingConfig
+from .evaluate import evaluate
+from .lora_dataset import LoRADataset
+from .lora_factory import LoRATraining, train_loras
+from .miniature import evaluator as evaluator_module
+from .miniature.tasks import MiniatureTasks
+from .stages import train_stage1, train_stage2
+
+SHIPPED = Path(__file__).parent / "miniature"  # the evaluator and the LoRAs that the README's figures rest on
+
+
+class Run:
+    """Stages read what earlier ones wrote into the run's folder; none keeps state in memory for the next."""
+
+    def __init__(self, config: TrainingConfig, console: Console):
+        if config.base != "miniature":
+            raise ValueError(f'base = "{config.base}": only "miniature" can be trained so far.')
+        self.config, self.console, self.folder = config, console, Path(config.out)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.data = MiniatureTasks(config.data, self.folder)
+        self.process, self.processes = (
+            int(os.environ.get("RANK", "0")),
+            int(os.environ.get("WORLD_SIZE", "1")),
+        )
+        if self.processes > 1 or config.network.width <= 256:
+            torch.set_num_threads(
+                max(1, (os.cpu_count() or 1) // self.processes) if self.processes > 1 else 1
+            )
+
+    def loras(self) -> None:
+        """Per-task LoRAs of `lora_tasks` training actions and of every held-out one; resumes after the last batch done."""
+        held_out = self.data.held_out_clips(self.config.data.clips_per_task, offset=2)
+        for name, actions, clips in (
+            ("held_out", self.data.held_out, held_out),
+            ("training", self._lora_actions(), self.data.clips),
+        ):
+            self._train_loras(name, actions, [clips.latents[clips.of(action)] for action in actions])
+
+    def stage1(self) -> None:
+        """Fit the target statistics and Stage I; writes stage1.safetensors."""
+        known = self._dataset("training")
+        network = self._new_network()
+        network.statistics.fit(known.A, known.B)
+        train_stage1(
+            network, self.data, known.actions, known.A, known.B, self.config.stage1, self._report("stage1")
+        )
+        if self.process == 0:
+            save_hypernetwork(network, self.folder / "stage1.safetensors")
+
+    def stage2(self) -> None:
+        """Stage II from Stage I; writes hypernetwork.safetensors in half precision."""
+        known = self._dataset("training")
+        network = load_hypernetwork(self.folder / "stage1.safetensors").requires_grad_(True)
+        checkpoint = self.folder / "stage2.pt"
+        train_stage2(
+            network,
+            self.data,
+            known.actions,
+            known.A,
+            known.B,
+            self.config.stage2,
+            checkpoint,
+            self._report("stage2"),
+        )
+        if self.process == 0:
+            save_hypernetwork(network.eval(), self.folder / "hypernetwork.safetensors", dtype=torch.float16)
+
+    def evaluate(self, hypernetwork: Path | None) -> dict:
+        """The table on standard error; returns the figures. Uses the run's LoRAs, else the shipped ones."""
+        started = time.time()
+        torch.set_num_threads(os.cpu_count() or 1)
+        network = load_hypernetwork(hypernetwork or miniature.HYPERNETWORK)
+        found = evaluate(
+            network, self.data, self.config.evaluation, self._dataset("training"), self._dataset("held_out"),
+            evaluator_module.load(SHIPPED / "evaluator.safetensors"), self._say_row,
+        )  # fmt: skip
+        self.console.print(_table(found["rows"]))
+        found = _rounded(found | {"seconds": time.time() - started})
+        (self.folder / "evaluation.json").write_text(json.dumps(found, indent=1) + "\n")
+        return found
+
+    def _train_loras(self, name: str, actions: list, clips: list) -> None:
+        settings = self.config.lora
+        parts = self.folder / f"loras_{name}"
+        parts.mkdir(exist_ok=True)
+        batches = range(math.ceil(len(actions) / settings.tasks_at_once))
+        model, layers = self.data.load_model(), self.data.weights.model.layers
+        training = LoRATraining(
+            settings.rank, settings.steps, settings.batch, settings.learning_rate, settings.seed
+        )
+        for number in batches:
+            path = parts / f"{number:04}.safetensors"
+            if number % self.processes != self.process or path.exists():
+                continue
+            chosen = slice(number * settings.tasks_at_once, (number + 1) * settings.tasks_at_once)
+            A, B = train_loras(
+                model, layers, clips[chosen], self.data.coarse(), training, report=self._last(settings.steps)
+            )
+            LoRADataset(A, B, actions[chosen]).save(path)
+            self.console.print(f"LoRAs {name}: batch {number + 1} of {len(batches)}")
+
+    def _last(self, steps: int):
+        def report(step: int, loss: float) -> None:
+            if step == steps:
+                self.console.print(f"flow-matching loss {loss:.4f}")
+
+        return report
+
+    def _dataset(self, name: str) -> LoRADataset:
+        parts = sorted((self.folder / f"loras_{name}").glob("*.safetensors"))
+        if not parts and not (SHIPPED / f"loras_{name}.safetensors").exists():
+            raise ValueError(f"{self.folder}: no LoRAs here yet. Run `loras` with this configuration first.")
+        loaded = [LoRADataset.load(path) for path in parts or [SHIPPED / f"loras_{name}.safetensors"]]
+        return LoRADataset(
+            torch.cat([x.A for x in loaded]),
+            torch.cat([x.B for x in loaded]),
+            [a for x in loaded for a in x.actions],
+        )
+
+    def _lora_actions(self) -> list:
+        """Evenly spread over the training actions, so that every factor value has its share."""
+        actions, count = self.data.training, self.config.data.lora_tasks
+        return [actions[i * len(actions) // count] for i in range(count)]
+
+    def _new_network(self) -> Hypernetwork:
+        base, condition = self.data.descriptions()
+        sizes = self.config.network
+        out_features, in_features = base.layers[0].shape
+        torch.manual_seed(self.config.stage1.seed)
+        config = HypernetworkConfig(
+            condition.width, out_features, in_features, self.config.lora.rank, sizes.patch, sizes.width, sizes.heads,
+            sizes.blocks, sizes.mlp_ratio, sizes.pooling_queries, sizes.feature_blocks,
+        )  # fmt: skip
+        return Hypernetwork(config, base, condition)
+
+    def _report(self, part: str):
+        started = time.time()
+
+        def report(step: int, figures: dict[str, float]) -> None:
+            said = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
+            self.console.print(f"{part} {time.time() - started:6.0f} s  step {step}  {said}")
+
+        return report
+
+    def _say_row(self, name: str, figures: dict[str, float]) -> None:
+        self.console.print(name, {key: round(value, 4) for key, value in figures.items()})
+
+
+def _table(rows: dict[str, dict[str, float]]) -> Table:
+    table = Table("method", "flow matching", "joint", "mean accuracy", "Frechet", "diversity")
+    for name, row in rows.items():
+        loss = f"{row['flow_matching']:.4f}" if "flow_matching" in row else ""
+        table.add_row(
+            name, loss, f"{row['joint']:.3f}", f"{row['mean_accuracy']:.3f}", f"{row['frechet']:.2f}",
+            f"{row['diversity']:.3f}",
+        )  # fmt: skip
+    return table
+
+
+def _rounded(found):
+    if isinstance(found, dict):
+        return {key: _rounded(value) for key, value in found.items()}
+    return round(found, 4) if isinstance(found, float) else found

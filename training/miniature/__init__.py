@@ -1,0 +1,1 @@
+"""The miniature: the small drawn world in which the embedded default model was trained."""

@@ -1,0 +1,239 @@
+"""Captions: how an action, clothes and a place are said in English, finely or coarsely.
+
+Every factor value has several wordings. Those under "train" are what the base model, the LoRAs and the hypernetwork were
+trained with; those under "reserved", and the reserved sentence plans, occur in the held-out evaluation only. The text
+encoder alone has read the reserved words (as a real UMT5 has read the web), in training's sentence plans.
+"""
+
+import re
+from dataclasses import fields
+
+import numpy as np
+
+from .world import COLOURS, FACTORS, Action, Look
+
+COARSE = "a person is moving"
+COARSE_WORDINGS = (COARSE, "someone is moving", "a person moves", "a figure in motion")
+SUBJECTS = ("a person", "someone", "a figure")
+
+# (finite form, participle)
+SWING = {
+    "train": (("swings", "swinging"), ("waves", "waving"), ("moves", "moving"), ("raises", "raising")),
+    "reserved": (("sways", "swaying"), ("lifts", "lifting")),
+}
+WORDINGS: dict[str, dict[str, dict[str, tuple]]] = {
+    "limb": {
+        "left_arm": {
+            "train": ("the left arm", "their left arm", "the arm on the left"),
+            "reserved": ("the left hand",),
+        },
+        "right_arm": {
+            "train": ("the right arm", "their right arm", "the arm on the right"),
+            "reserved": ("the right hand",),
+        },
+        "left_leg": {
+            "train": ("the left leg", "their left leg", "the leg on the left"),
+            "reserved": ("the left foot",),
+        },
+        "right_leg": {
+            "train": ("the right leg", "their right leg", "the leg on the right"),
+            "reserved": ("the right foot",),
+        },
+    },
+    "amplitude": {
+        "small": {"train": ("a little", "slightly", "in a small arc"), "reserved": ("just a bit", "gently")},
+        "wide": {"train": ("widely", "far out", "in a big arc"), "reserved": ("all the way up", "high")},
+    },
+    "tempo": {
+        "slow": {"train": ("slowly", "once", "at a slow pace"), "reserved": ("calmly", "without hurry")},
+        "fast": {"train": ("quickly", "twice", "at a fast pace"), "reserved": ("rapidly", "in a hurry")},
+    },
+    "travel": {
+        "stay": {
+            "train": (("stays in place", "staying in place"), ("stands on the spot", "standing on the spot")),
+            "reserved": (("remains here", "remaining here"),),
+        },
+        "left": {
+            "train": (("moves to the left", "moving to the left"), ("slides left", "sliding left")),
+            "reserved": (("travels towards the left side", "travelling towards the left side"),),
+        },
+        "right": {
+            "train": (("moves to the right", "moving to the right"), ("slides right", "sliding right")),
+            "reserved": (("travels towards the right side", "travelling towards the right side"),),
+        },
+        "up": {
+            "train": (("jumps up", "jumping up"), ("leaps into the air", "leaping into the air")),
+            "reserved": (("hops off the ground", "hopping off the ground"),),
+        },
+        "down": {
+            "train": (("squats down", "squatting down"), ("sinks into a crouch", "sinking into a crouch")),
+            "reserved": (("ducks low", "ducking low"),),
+        },
+    },
+    "lean": {
+        "left": {
+            "train": ("leaning left", "tilted to the left", "with the body bent left"),
+            "reserved": ("inclined leftwards",),
+        },
+        "upright": {
+            "train": ("upright", "standing straight", "with a straight back"),
+            "reserved": ("held vertical",),
+        },
+        "right": {
+            "train": ("leaning right", "tilted to the right", "with the body bent right"),
+            "reserved": ("inclined rightwards",),
+        },
+    },
+    "stance": {
+        "together": {
+            "train": ("feet together", "with the feet close", "legs closed"),
+            "reserved": ("with heels touching",),
+        },
+        "apart": {
+            "train": ("feet apart", "in a wide stance", "legs spread"),
+            "reserved": ("with feet planted wide",),
+        },
+    },
+}
+PLACES = {
+    "meadow": ("on a meadow", "on green grass"),
+    "beach": ("on a beach", "by the sea"),
+    "night": ("at night", "in the dark under the moon"),
+    "studio": ("in a grey studio",),
+    "room": ("in a room", "indoors by a window"),
+    "snow": ("in the snow", "on a snowy plain"),
+}
+CLOTHES = ("in a {shirt} shirt and {trousers} trousers", "wearing a {shirt} top and {trousers} pants")
+
+# {swing}/{travel} are finite ("swings ..."), {swinging}/{travelling} participles. Empty parts leave no trace.
+PLANS = {
+    "train": (
+        "{subject} {clothes} {place} {swing}, {travel}, {lean}, {stance}",
+        "{place}, {subject} {clothes}, {lean}, {stance}, {travel} and {swing}",
+        "{subject} {clothes} {travel} {place} while {swinging}, {lean}, {stance}",
+        "{stance}, {lean}, {subject} {clothes} {swing} and {travel} {place}",
+    ),
+    "reserved": (
+        "{subject} {clothes}, {stance}, {travelling} {place} and {lean}, {swing}",
+        "{lean}, {travelling} and {swinging}, {stance}, {place}: {subject} {clothes}",
+    ),
+}
+
+
+def fine_caption(
+    action: Action,
+    look: Look | None,
+    rng: np.random.Generator,
+    *,
+    wordings: str = "train",
+    plans: str = "train",
+    keep: float = 1.0,
+) -> str:
+    """A sentence for `action`; each factor, the clothes and the place are kept with probability `keep`.
+
+    `wordings` is "train", "reserved" or "both" (an even choice for each part); `look` None leaves clothes and place out.
+    With every factor dropped the sentence is a coarse one.
+    """
+    kept = {field.name: rng.random() < keep for field in fields(Action)}
+    said = {
+        name: _pick(rng, _phrases(name, getattr(action, name), wordings)) if kept[name] else ""
+        for name in FACTORS
+    }
+    clothes = place = ""
+    if look is not None and rng.random() < keep:
+        clothes = _pick(rng, CLOTHES).format(shirt=look.shirt, trousers=look.trousers)
+    if look is not None and rng.random() < keep:
+        place = _pick(rng, PLACES[look.backdrop])
+    if not any(kept.values()):
+        return _tidy(f"{_pick(rng, COARSE_WORDINGS)} {clothes} {place}")
+
+    swing, swinging = "", ""
+    if kept["limb"] or kept["amplitude"] or kept["tempo"]:
+        verbs = SWING["train"] + SWING["reserved"] if wordings == "both" else SWING[wordings]
+        rest = f"{said['limb'] or 'a limb'} {said['amplitude']} {said['tempo']}"
+        swing, swinging = (f"{form} {rest}" for form in _pick(rng, verbs))
+    travel, travelling = said["travel"] or ("", "")
+    plan = _pick(rng, PLANS[plans])
+    return _tidy(
+        plan.format(
+            subject=_pick(rng, SUBJECTS),
+            clothes=clothes,
+            place=place,
+            swing=swing,
+            swinging=swinging,
+            travel=travel,
+            travelling=travelling,
+            lean=said["lean"],
+            stance=said["stance"],
+        )  # fmt: skip
+    )
+
+
+def canonical_caption(action: Action) -> str:
+    """The plainest sentence for an action: first wording of every factor, first plan, no clothes, no place."""
+    said = {name: WORDINGS[name][getattr(action, name)]["train"][0] for name in FACTORS}
+    swing = f"{SWING['train'][0][0]} {said['limb']} {said['amplitude']} {said['tempo']}"
+    return f"{SUBJECTS[0]} {swing}, {said['travel'][0]}, {said['lean']}, {said['stance']}"
+
+
+def says(sentence: str, factor: str, value: str) -> bool:
+    """Whether `sentence`, made by `fine_caption`, words this value of a factor, "shirt", "trousers" or "backdrop"."""
+    if factor == "backdrop":
+        phrases = PLACES[value]
+    elif factor in ("shirt", "trousers"):
+        nouns = ("shirt", "top") if factor == "shirt" else ("trousers", "pants")
+        phrases = tuple(f"{value} {noun}" for noun in nouns)
+    else:
+        phrases = _flat(WORDINGS[factor][value])
+    return any(re.search(rf"\b{re.escape(phrase)}\b", sentence) for phrase in phrases)
+
+
+def said_factors(sentence: str) -> dict[str, str]:
+    """The factor values a sentence words plainly: factor -> value, left out where none or several are said."""
+    found = {
+        name: [value for value in values if says(sentence.lower(), name, value)] for name, values in FACTORS.items()
+    }
+    return {name: values[0] for name, values in found.items() if len(values) == 1}
+
+
+def known_words() -> tuple[str, ...]:
+    """Every word a caption can hold, sorted: the closed vocabulary of the miniature's text encoder."""
+    texts = [
+        *COARSE_WORDINGS,
+        *SUBJECTS,
+        "a limb",
+        "and while",
+        *_flat(WORDINGS),
+        *_flat(SWING),
+        *_flat(PLACES),
+    ]
+    for template in CLOTHES:
+        texts.append(re.sub(r"\{\w+\}", " ", template))
+    return tuple(sorted(set(re.findall(r"[a-z]+", " ".join([*texts, *COLOURS])))))
+
+
+def _phrases(name: str, value: str, wordings: str) -> tuple:
+    table = WORDINGS[name][value]
+    return table["train"] + table["reserved"] if wordings == "both" else table[wordings]
+
+
+def _pick(rng: np.random.Generator, options):
+    return options[int(rng.integers(len(options)))]
+
+
+def _flat(tree) -> list[str]:
+    if isinstance(tree, str):
+        return [tree]
+    children = tree.values() if isinstance(tree, dict) else tree
+    return [text for child in children for text in _flat(child)]
+
+
+def _tidy(sentence: str) -> str:
+    """Close the gaps that dropped parts leave."""
+    sentence = re.sub(r"\s+", " ", sentence)
+    sentence = re.sub(r"(\s*,)+", ",", sentence)
+    sentence = re.sub(r"\b(while|and)\s*(?=,|:|$)", "", sentence)
+    sentence = re.sub(r",\s*and\b", " and", sentence)
+    sentence = re.sub(r"\s+([,:])", r"\1", sentence)
+    sentence = re.sub(r"[,\s]*,\s*:", ":", sentence)
+    return re.sub(r"\s+", " ", sentence).strip(" ,:")

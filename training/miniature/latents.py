@@ -1,0 +1,67 @@
+"""The world's clips as VAE latents in memory: what the base model, the LoRAs and the hypernetwork are trained on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan
+
+from ..backbones import to_unit
+from . import vae as vae_module
+from . import world
+
+_LOOKS = (tuple(world.COLOURS), tuple(world.COLOURS), world.BACKDROPS)
+
+
+@dataclass
+class LatentClips:
+    """Unit latents float16 [N, 16, 5, 8, 8]; factor indices uint8 [N, 6]; indices of shirt, trousers, backdrop [N, 3]."""
+
+    latents: torch.Tensor
+    actions: torch.Tensor
+    looks: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def action(self, index: int) -> world.Action:
+        values = zip(world.FACTORS.values(), self.actions[index].tolist(), strict=True)
+        return world.Action(*(options[i] for options, i in values))
+
+    def look(self, index: int) -> world.Look:
+        return world.Look(
+            *(options[i] for options, i in zip(_LOOKS, self.looks[index].tolist(), strict=True))
+        )
+
+    def of(self, action: world.Action) -> torch.Tensor:
+        """Indices of the clips that show an action."""
+        return (self.actions == torch.tensor(action.indices(), dtype=torch.uint8)).all(1).nonzero().flatten()
+
+    def save(self, path: Path) -> None:
+        torch.save({"latents": self.latents, "actions": self.actions, "looks": self.looks}, path)
+
+    @classmethod
+    def load(cls, *paths: Path) -> "LatentClips":
+        parts = [torch.load(path, weights_only=True) for path in paths]
+        return cls(*(torch.cat([part[key] for part in parts]) for key in ("latents", "actions", "looks")))
+
+
+@torch.no_grad()
+def encode_clips(vae: AutoencoderKLWan, actions: list[world.Action], each: int, seed: int) -> LatentClips:
+    """Draw `each` clips of every action in random looks and encode them (posterior means)."""
+    rng = np.random.default_rng(seed)
+    encoder = vae_module.WholeClipVAE(vae)
+    latents, labels, looks = [], [], []
+    for action in actions:
+        shown = [world.random_look(rng) for _ in range(each)]
+        clips = np.stack([world.draw_clip(action, look, rng) for look in shown])
+        latents.append(to_unit(encoder.encode(vae_module.to_video(clips)), vae).half())
+        labels += [action.indices()] * each
+        looks += [
+            [options.index(v) for options, v in zip(_LOOKS, (s.shirt, s.trousers, s.backdrop), strict=True)]
+            for s in shown
+        ]
+    return LatentClips(
+        torch.cat(latents), torch.tensor(labels, dtype=torch.uint8), torch.tensor(looks, dtype=torch.uint8)
+    )

@@ -1,0 +1,194 @@
+"""Make the miniature: `python -m training.miniature.make [all | vae | text | base | evaluator] [--out FOLDER]`.
+
+Each part is written as it is done, in the places `lofa_core.miniature` names; its figures go to figures.json. The
+hypernetwork is trained afterwards, by `python training/train.py all --config training/configs/miniature.toml`.
+`torchrun --nproc-per-node N -m training.miniature.make ...` uses N processes for the VAE and the base model.
+"""
+
+import argparse
+import json
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from rich.console import Console
+from safetensors.torch import save_file
+
+from lofa_core import miniature
+from lofa_core.key_names import wan_to_original
+from lofa_core.key_names_vae import vae_to_original
+
+from ..backbones import load_vae
+from . import evaluator as evaluator_module
+from . import text_encoder, tokenizer_json, transformer, vae, world
+from .latents import LatentClips, encode_clips
+from ..config import DataConfig
+
+SEED = 0
+HELD_OUT = DataConfig().held_out_tasks
+# (frames, steps, clips or frames a process, learning rate, KL weight): single frames first, then clips, as WAN was trained.
+VAE_PHASES = ((1, 2000, 16, 3e-3, 2e-5), (9, 2000, 2, 2e-3, 1e-4), (17, 600, 1, 5e-4, 1e-4))
+TEXT_STEPS = 1000
+BASE_STEPS, BASE_BATCH, BASE_DIM, BASE_LAYERS = 16_000, 16, 96, 4
+CLIPS_PER_ACTION = 12
+EVALUATOR_STEPS, EVALUATOR_CLIPS = 1500, 6000
+
+console = Console(stderr=True)
+
+
+def make_vae(out: Path, work: Path) -> None:
+    """Train, fold the latent statistics, write under original WAN names."""
+    actions, _ = world.split_actions(HELD_OUT, SEED)
+    checkpoint = None
+    for number, (frames, steps, batch, rate, kl) in enumerate(VAE_PHASES):
+        previous, checkpoint = checkpoint, work / f"vae_{number}.pt"
+        vae.train(
+            actions, steps, checkpoint, frames=frames, batch=batch, start_from=previous, seed=SEED + number,
+            learning_rate=rate, kl_weight=kl, report=_reporter("vae"),
+        )  # fmt: skip
+    export_vae(checkpoint, out)
+
+
+def export_vae(checkpoint: Path, out: Path, fold: bool = True) -> None:
+    """Write vae/ and record its held-out PSNR. `fold` False keeps latents as they are (a decoder trained further)."""
+    actions, held_out = world.split_actions(HELD_OUT, SEED)
+    model = vae.build()
+    model.load_state_dict(torch.load(checkpoint, weights_only=True))
+    model.eval()
+    if fold:
+        vae.fold_statistics(
+            model, vae.to_video(vae.random_clips(actions, 128, np.random.default_rng(SEED + 1)))
+        )
+    folder = _fresh(out / "vae")
+    model.save_config(folder)
+    state = {vae_to_original(key): value.contiguous() for key, value in model.state_dict().items()}
+    save_file(state, folder / miniature.VAE.name)
+    video = vae.to_video(vae.random_clips(held_out, 64, np.random.default_rng(SEED + 2)))
+    with torch.no_grad():
+        latents = [model.encode(part).latent_dist.mean for part in video.split(8)]
+        quality = [
+            vae.psnr(model.decode(z).sample, part) for z, part in zip(latents, video.split(8), strict=True)
+        ]
+    _record(out, "vae", {"held_out_psnr_db": round(float(np.mean(quality)), 2), "clips": 64})
+
+
+def make_text(out: Path) -> None:
+    """Train tokenizer and encoder, write both as transformers and ComfyUI read them."""
+    actions, _ = world.split_actions(HELD_OUT, SEED)
+    pieces = text_encoder.train_tokenizer(actions, SEED)
+    tokenizer = text_encoder.Tokenizer(pieces)
+    model = text_encoder.train(actions, tokenizer, TEXT_STEPS, seed=SEED, report=_reporter("text"))
+    export_text(model, pieces, out)
+
+
+def export_text(model, pieces: bytes, out: Path) -> None:
+    """Write text_encoder/ and tokenizer/."""
+    model.save_pretrained(_fresh(out / "text_encoder"))
+    folder = _fresh(out / "tokenizer")
+    (folder / "spiece.model").write_bytes(pieces)
+    tokenizer_json.write(pieces, folder)
+
+
+def make_base(out: Path, work: Path) -> None:
+    """Encode the training clips, train the transformer, write it under original WAN names."""
+    actions, _ = world.split_actions(HELD_OUT, SEED)
+    latents = work / "latents.pt"
+    if not latents.exists():
+        encode_clips(load_vae(out), actions, CLIPS_PER_ACTION, SEED).save(latents)
+    checkpoint = work / "transformer.pt"
+    transformer.train(
+        LatentClips.load(latents), transformer.load_prompt_encoder(out), BASE_STEPS, checkpoint, dim=BASE_DIM,
+        layers=BASE_LAYERS, batch=BASE_BATCH, seed=SEED, report=_reporter("base"),
+    )  # fmt: skip
+    export_base(checkpoint, out)
+
+
+def export_base(checkpoint: Path, out: Path) -> None:
+    """Write transformer/ and scheduler/."""
+    model = transformer.build(BASE_DIM, BASE_LAYERS)
+    model.load_state_dict(torch.load(checkpoint, weights_only=True))
+    folder = _fresh(out / "transformer")
+    model.save_config(folder)
+    # ComfyUI takes every size from the tensors but these two.
+    sizes = {"transformer": {"num_heads": transformer.HEADS, "text_dim": text_encoder.WIDTH}}
+    state = {wan_to_original(key): value.contiguous() for key, value in model.state_dict().items()}
+    save_file(state, folder / miniature.DIFFUSION_MODEL.name, metadata={"config": json.dumps(sizes)})
+    FlowMatchEulerDiscreteScheduler(shift=3.0).save_config(_fresh(out / "scheduler"))
+
+
+def make_evaluator(out: Path) -> None:
+    """Train the evaluator on drawn clips and measure it on held-out actions, drawn and through the VAE."""
+    actions, held_out = world.split_actions(HELD_OUT, SEED)
+    clips, labels = _drawn(actions, EVALUATOR_CLIPS, np.random.default_rng(SEED + 3))
+    model = evaluator_module.train(clips, labels, EVALUATOR_STEPS, seed=SEED, report=_reporter("evaluator"))
+    evaluator_module.save(model, out / miniature.EVALUATOR.name)
+    model = evaluator_module.load(out / miniature.EVALUATOR.name)
+    clips, labels = _drawn(held_out, 512, np.random.default_rng(SEED + 4))
+    figures = {"held_out_joint": float((model.read(clips)[0] == labels).all(1).mean())}
+    decoder = vae.WholeClipVAE(load_vae(out))
+    with torch.no_grad():
+        rebuilt = [decoder.decode(decoder.encode(part)) for part in vae.to_video(clips[:128]).split(16)]
+    read = model.read(vae.to_clips(torch.cat(rebuilt)))[0]
+    figures["held_out_joint_through_vae"] = float((read == labels[:128]).all(1).mean())
+    _record(out, "evaluator", {key: round(value, 4) for key, value in figures.items()})
+
+
+def _drawn(actions, count: int, rng) -> tuple[np.ndarray, np.ndarray]:
+    chosen = [actions[i] for i in rng.integers(len(actions), size=count)]
+    clips = np.stack([world.draw_clip(action, world.random_look(rng), rng) for action in chosen])
+    return clips, np.array([action.indices() for action in chosen])
+
+
+def _fresh(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _record(out: Path, part: str, figures: dict) -> None:
+    path = out / miniature.FIGURES.name
+    known = json.loads(path.read_text()) if path.exists() else {}
+    known[part] = {**figures, "seed": SEED}
+    path.write_text(json.dumps(known, indent=1) + "\n")
+    console.print(part, figures)
+
+
+def _reporter(part: str):
+    started = time.time()
+
+    def report(step: int, figures: dict[str, float]) -> None:
+        said = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
+        console.print(f"{part} {time.time() - started:6.0f} s  step {step}  {said}", highlight=False)
+
+    return report
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("part", nargs="?", default="all", choices=["all", "vae", "text", "base", "evaluator"])
+    parser.add_argument("--out", type=Path, default=miniature.FOLDER, help="base folder to write")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/miniature_base"), help="checkpoints and cached latents"
+    )
+    chosen = parser.parse_args()
+    chosen.work.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)  # at this size one process a core beats threads
+    steps = {
+        "vae": lambda: make_vae(chosen.out, chosen.work),
+        "text": lambda: make_text(chosen.out),
+        "base": lambda: make_base(chosen.out, chosen.work),
+        "evaluator": lambda: make_evaluator(chosen.out),
+    }
+    for part, make in steps.items():
+        if chosen.part in ("all", part):
+            make()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""The miniature's diffusion model: WAN2.1's transformer, small, trained by flow matching on the world's captions.
+
+Parts of each caption are dropped at random, so the model knows every action by its words, yet a coarse prompt brings none
+of them out: a LoRA then has to select an action, not to teach it, as on a real foundation model.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import WanTransformer3DModel
+from transformers import UMT5EncoderModel
+
+from .. import flow
+from ..backbones import fold_padding, use_folded_padding
+from . import captions, text_encoder
+from .latents import LatentClips
+
+HEADS = 4
+
+
+def build(dim: int = 96, layers: int = 4) -> WanTransformer3DModel:
+    """A randomly initialised miniature WAN transformer (frequency and text sizes as ComfyUI expects them)."""
+    return WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=HEADS, attention_head_dim=dim // HEADS, in_channels=16, out_channels=16,
+        text_dim=text_encoder.WIDTH, freq_dim=256, ffn_dim=4 * dim, num_layers=layers, cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+    )  # fmt: skip
+
+
+def random_prompt(clips: LatentClips, index: int, rng: np.random.Generator) -> str:
+    """Half whole captions, the rest with parts dropped, some coarse, some empty (for guidance)."""
+    kind = rng.random()
+    if kind < 0.08:
+        return ""
+    if kind < 0.16:
+        return captions.COARSE
+    look = clips.look(index) if rng.random() < 0.7 else None
+    keep = 1.0 if kind < 0.6 else float(rng.random())
+    return captions.fine_caption(clips.action(index), look, rng, keep=keep)
+
+
+class PromptEncoder:
+    """Prompts -> states with the folded padding row, [B, S + 1, d]."""
+
+    def __init__(self, encoder, tokenizer: text_encoder.Tokenizer):
+        self.encoder, self.tokenizer = encoder, tokenizer
+
+    def __call__(self, prompts: list[str]) -> torch.Tensor:
+        return fold_padding(text_encoder.encode(self.encoder, self.tokenizer(prompts)))
+
+
+def load_prompt_encoder(folder: Path) -> PromptEncoder:
+    """The prompt encoder of a miniature base folder."""
+    encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder").eval()
+    return PromptEncoder(
+        encoder, text_encoder.Tokenizer((folder / "tokenizer" / "spiece.model").read_bytes())
+    )
+
+
+def velocity(model: WanTransformer3DModel, states: torch.Tensor) -> flow.Velocity:
+    """The model under fixed text states as a function of (x_t, t)."""
+    return lambda x, times: model(x, times * 1000.0, states, return_dict=False)[0]
+
+
+def train(
+    clips: LatentClips,
+    prompts: PromptEncoder,
+    steps: int,
+    out: Path,
+    *,
+    dim: int = 96,
+    layers: int = 4,
+    batch: int = 16,
+    seed: int = 0,
+    learning_rate: float = 2e-3,
+    ema_decay: float = 0.999,
+    report=lambda step, figures: None,
+) -> None:
+    """Train and write the averaged weights to `out` every 500 steps (`batch` is per process)."""
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    torch.manual_seed(seed)
+    model = build(dim, layers)
+    use_folded_padding(model)
+    average = {key: value.detach().clone() for key, value in model.state_dict().items()}
+    torch.manual_seed(seed * 1000 + accelerator.process_index)
+    rng = np.random.default_rng([seed, accelerator.process_index])
+    optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser,
+        lambda step: (
+            min(1.0, (step + 1) / 200) * (0.02 + 0.49 * (1 + math.cos(math.pi * min(1.0, step / steps))))
+        ),
+    )
+    wrapped, optimiser = accelerator.prepare(model, optimiser)
+    running = None
+    for step in range(steps):
+        picks = rng.integers(len(clips), size=batch)
+        states = prompts([random_prompt(clips, int(i), rng) for i in picks])
+        clean = clips.latents[torch.from_numpy(picks)].float().to(accelerator.device)
+        loss = flow.loss(
+            velocity(wrapped, states.to(clean.device)),
+            clean,
+            torch.randn_like(clean),
+            flow.random_times(batch),
+        )
+        optimiser.zero_grad()
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(wrapped.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+        running = loss.item() if running is None else 0.99 * running + 0.01 * loss.item()
+        if accelerator.is_main_process:
+            decay = min(ema_decay, (1 + step) / (10 + step))
+            with torch.no_grad():
+                for key, value in model.state_dict().items():
+                    average[key].lerp_(value.to(average[key]), 1.0 - decay)
+            if step % 500 == 499 or step == steps - 1:
+                torch.save(average, out)
+                report(step + 1, {"loss": running})

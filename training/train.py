@@ -1,0 +1,58 @@
+"""Train and evaluate a LoFA hypernetwork.
+
+    python training/train.py all --config training/configs/miniature.toml       per-task LoRAs, Stage I, Stage II
+    python training/train.py loras | stage1 | stage2 --config ...               one part, from what the run's folder holds
+    python training/train.py evaluate --config ...                              held-out figures; last line: one JSON object
+    torchrun --nproc-per-node 2 training/train.py all --config ...              data parallel, on CPU cores or GPUs
+
+Everything a run makes lies in its `out` folder; the configuration's own comments explain every key.
+"""
+
+import sys
+from pathlib import Path
+
+if (
+    not __package__
+):  # run as a file: the repository root in place of this folder, whose modules would shadow others
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+import json
+
+from rich.console import Console
+
+from training.config import load_config
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", choices=["all", "loras", "stage1", "stage2", "evaluate"])
+    parser.add_argument(
+        "--config", type=Path, required=True, help="a TOML file, such as training/configs/miniature.toml"
+    )
+    parser.add_argument(
+        "--hypernetwork", type=Path, help="evaluate this file (default: the base folder's own)"
+    )
+    chosen = parser.parse_args()
+    console = Console(stderr=True, highlight=False)
+    try:
+        config = load_config(chosen.config)
+        from training.loop import Run  # after the cheap errors: importing diffusers takes seconds
+
+        run = Run(config, console)
+        if chosen.command == "evaluate":
+            print(json.dumps(run.evaluate(chosen.hypernetwork)))
+            return 0
+        parts = ("loras", "stage1", "stage2") if chosen.command == "all" else (chosen.command,)
+        for part in parts:
+            getattr(run, part)()
+    except (ValueError, OSError) as error:
+        console.print(f"[bold red]error[/] {error}", soft_wrap=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
