@@ -19,8 +19,8 @@ from . import __version__, miniature
 from .base_models import BaseWeights
 from .checkpoint import load_hypernetwork
 from .conditions.text import TextEncoder, check_prompt
+from .descriptions import ConditionDescription
 from .heatmap import render
-from .hypernetwork import ConditionDescription
 from .inspection import CONDITION_KEY, inspect
 from .lora_files import match, read_safetensors, save_lora, write_safetensors
 from .prediction import Prediction, predict
@@ -210,8 +210,9 @@ def _inspect(options: argparse.Namespace) -> None:
     console = Console(highlight=False, soft_wrap=True)
     console.print(Text.assemble((str(options.file), "bold"), f" is {description.kind}."))
     if not console.is_terminal:  # a line each, for whoever greps
+        width = max(len(name) for name, _ in description.facts) + 2
         for name, words in description.facts:
-            console.print(f"{name:<16}{words}", markup=False)
+            console.print(f"{name:<{width}}{words}", markup=False)
         return
     table = Table.grid(padding=(0, 2))
     table.add_column(style="cyan", no_wrap=True)

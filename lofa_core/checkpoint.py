@@ -6,13 +6,8 @@ from pathlib import Path
 
 import torch
 
-from .hypernetwork import (
-    BaseDescription,
-    ConditionDescription,
-    Hypernetwork,
-    HypernetworkConfig,
-    LayerDescription,
-)
+from .descriptions import BaseDescription, ConditionDescription, HypernetworkConfig, LayerDescription
+from .hypernetwork import Hypernetwork
 from .lora_files import read_safetensors, write_safetensors
 
 FORMAT = "lofa.hypernetwork.1"
@@ -44,13 +39,16 @@ def save_hypernetwork(
 
 
 def load_hypernetwork(path: Path | str) -> Hypernetwork:
-    """Rebuild a network in float32 for prediction. ValueError if the file is not one of ours, naming what it is not."""
+    """Rebuild a network in float32 for prediction. ValueError if the file is not one of ours, naming what it
+    is not.
+    """
     path = Path(path)
     tensors, metadata = read_safetensors(path)
     if metadata.get("format") != FORMAT:
         raise ValueError(
-            f"{path.name}: not a LoFA hypernetwork (its metadata says format {metadata.get('format', 'nothing')!r}, "
-            f"expected {FORMAT!r}). Choose a file written by LoFA's training."
+            f"{path.name}: not a LoFA hypernetwork (its metadata says format "
+            f"{metadata.get('format', 'nothing')!r}, expected {FORMAT!r}). "
+            "Choose a file written by LoFA's training."
         )
     try:
         header = json.loads(metadata["lofa"])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .base_models import BaseWeights, TargetLayer, describe, open_safetensors
 from .checkpoint import FORMAT, load_hypernetwork
-from .hypernetwork import LayerDescription
+from .descriptions import LayerDescription
 from .key_names import LAYOUTS, canonical_name, default_layout, layout_name
 from .lora import LoRA
 from .lora_files import load_lora
@@ -175,8 +175,13 @@ def _shapes(counts: Counter) -> str:
 
 
 def _blocks(layers: Sequence[TargetLayer] | Sequence[LayerDescription]) -> str:
-    kinds = ", ".join(dict.fromkeys(layer.kind for layer in layers))
-    return f"{len({layer.depth for layer in layers})}, with {kinds}"
+    """`30, each with self_attn (q, k, v, o) and cross_attn (q, k, v, o)`."""
+    parts: dict[str, list[str]] = {}
+    for kind in dict.fromkeys(layer.kind for layer in layers):
+        part, _, weight = kind.partition(".")
+        parts.setdefault(part, []).append(weight)
+    kinds = " and ".join(f"{part} ({', '.join(weights)})" for part, weights in parts.items())
+    return f"{len({layer.depth for layer in layers})}, each with {kinds}"
 
 
 def _dtypes(tensors: Iterable[Tensor]) -> str:

@@ -1,12 +1,21 @@
-"""Target statistics: the mean LoRA of a training set and its spread, so that networks predict numbers of order one."""
+"""Target statistics: the mean LoRA of a training set and its spread, so that networks predict numbers of
+order one.
+"""
 
 import torch
 from torch import Tensor, nn
 
 
 class TargetStatistics(nn.Module):
-    """Buffers over L target layers: A_mean [L, r, in], B_mean [L, out, r]; per layer, the deviation of A and of B from
-    those means (A_scale, B_scale [L]) and the log deviation of dW's entries (delta_log_deviation [L])."""
+    """Buffers over L target layers: A_mean [L, r, in], B_mean [L, out, r]; per layer, the deviation of A and
+    of B from those means (A_scale, B_scale [L]) and the log deviation of dW's entries (delta_log_deviation
+    [L])."""
+
+    A_mean: Tensor
+    B_mean: Tensor
+    A_scale: Tensor
+    B_scale: Tensor
+    delta_log_deviation: Tensor
 
     def __init__(self, layers: int, rank: int, out_features: int, in_features: int):
         super().__init__()

@@ -34,8 +34,9 @@ def fitting_layers(hypernetwork: Hypernetwork, base: BaseWeights) -> list[Target
         kinds = {tuple(layer.shape) for layer in wanted.layers}
         size = " and ".join(f"{out}x{into}" for out, into in sorted(kinds))
         raise ValueError(
-            f"this hypernetwork predicts LoRAs for {wanted.name} ({len(wanted.layers)} layers of {size}); the model given "
-            f"is {base.model.name} ({base.model.summary()}). Load a hypernetwork trained for {base.model.name}."
+            f"this hypernetwork predicts LoRAs for {wanted.name} ({len(wanted.layers)} layers of {size}); "
+            f"the model given is {base.model.name} ({base.model.summary()}). "
+            f"Load a hypernetwork trained for {base.model.name}."
         )
     return [found[layer.name] for layer in wanted.layers]
 
@@ -89,7 +90,9 @@ def predict_response(
     progress: Progress | None = None,
     check_cancelled: Callable[[], None] | None = None,
 ) -> dict[str, Tensor]:
-    """Stage I alone: layer name -> P(|dW| > 0.02 |W|), float32 [out, in] on the CPU. Arguments as of `predict`."""
+    """Stage I alone: layer name -> P(|dW| > 0.02 |W|), float32 [out, in] on the CPU. Arguments as of
+    `predict`.
+    """
     hypernetwork = _placed(hypernetwork, device, dtype)
     responses = {}
     for index, weights, condition_on_device in _batches(
@@ -103,17 +106,22 @@ def predict_response(
 
 
 def _placed(hypernetwork: Hypernetwork, device: torch.device | str, dtype: torch.dtype) -> Hypernetwork:
-    """The network on `device` in `dtype`; a copy where it would lose precision, so that the caller's stays exact."""
+    """The network on `device` in `dtype`; a copy where it would lose precision, so that the caller's stays
+    exact.
+    """
     held = next(hypernetwork.parameters()).dtype
     return (hypernetwork if held == dtype else copy.deepcopy(hypernetwork)).to(device=device, dtype=dtype)
 
 
 def _batches(hypernetwork, base, condition, device, dtype, batch_size, progress, check_cancelled):
-    """Yield (index [N], weights [N, out, in] float32, condition) on the device, of one batch of layers after another."""
+    """Yield (index [N], weights [N, out, in] float32, condition) on the device, of one batch of layers after
+    another.
+    """
     if condition.ndim != 3 or len(condition) != 1 or condition.shape[2] != hypernetwork.condition.width:
         raise ValueError(
             f"the condition is {list(condition.shape)}; this hypernetwork expects [1, tokens, "
-            f"{hypernetwork.condition.width}] ({hypernetwork.condition.kind}). Encode it with the encoder it was trained with."
+            f"{hypernetwork.condition.width}] ({hypernetwork.condition.kind}). "
+            "Encode it with the encoder it was trained with."
         )
     layers = fitting_layers(hypernetwork, base)
     condition = condition.to(device=device, dtype=dtype)

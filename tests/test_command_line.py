@@ -14,13 +14,13 @@ import lofa_core.__main__ as command_line
 from lofa_core import __version__, inspection, miniature
 from lofa_core.base_models import BaseWeights
 from lofa_core.checkpoint import save_hypernetwork
-from lofa_core.hypernetwork import (
+from lofa_core.descriptions import (
     BaseDescription,
     ConditionDescription,
-    Hypernetwork,
     HypernetworkConfig,
     LayerDescription,
 )
+from lofa_core.hypernetwork import Hypernetwork
 from lofa_core.key_names import layout_name
 from lofa_core.lora import LoRA, LoRALayer
 from lofa_core.lora_files import load_lora, save_lora
@@ -248,7 +248,7 @@ def test_inspect_a_base_model(files, capsys):
         "16 layers of 16x16",
         "float32",
         "original names",
-        "self_attn.q",
+        "each with self_attn (q, k, v, o)",
     ):
         assert part in words
 

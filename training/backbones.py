@@ -13,7 +13,9 @@ TEXT_LENGTH = 512  # WAN2.1 pads every prompt with zero rows to this many; they 
 
 
 def load_transformer(folder: Path) -> WanTransformer3DModel:
-    """The diffusion model of a base folder: original WAN keys in one file beside its config.json, or diffusers' own."""
+    """The diffusion model of a base folder: original WAN keys in one file beside its config.json, or
+    diffusers' own.
+    """
     return _load(WanTransformer3DModel, folder, "transformer")
 
 
@@ -64,8 +66,8 @@ def _statistics(vae, like):
 class FoldedPadding(WanAttnProcessor):
     """Cross-attention in which the last key stands for all the zero rows that pad a prompt to `TEXT_LENGTH`.
 
-    Equal rows have equal keys, so n copies of one weigh as much as one whose score is raised by log n: the same result
-    as 512 rows at a tenth of the cost for short prompts. Use with `fold_padding`.
+    Equal rows have equal keys, so n copies of one weigh as much as one whose score is raised by log n: the
+    same result as 512 rows at a tenth of the cost for short prompts. Use with `fold_padding`.
     """
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
@@ -83,5 +85,7 @@ def use_folded_padding(transformer: WanTransformer3DModel) -> None:
 
 
 def fold_padding(states: torch.Tensor) -> torch.Tensor:
-    """Text states [B, S, d] (zero rows after each prompt's end, S < 512) -> [B, S + 1, d] with the folded row."""
+    """Text states [B, S, d] (zero rows after each prompt's end, S < 512) -> [B, S + 1, d] with the folded
+    row.
+    """
     return F.pad(states, (0, 0, 0, 1))

@@ -1,4 +1,4 @@
-"""Training configuration: frozen dataclasses filled from one TOML file; a key that is not known is refused."""
+"""Training configuration: frozen dataclasses filled from one TOML file; unknown keys are refused."""
 
 import tomllib
 from dataclasses import dataclass, field, fields, is_dataclass

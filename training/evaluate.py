@@ -1,4 +1,6 @@
-"""Held-out evaluation: actions that base, LoRAs and hypernetwork never saw, in sentences worded as training never did."""
+"""Held-out evaluation: actions that base, LoRAs and hypernetwork never saw, in sentences worded as training
+never did.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +29,9 @@ _TIMES = (0.2, 0.4, 0.6, 0.8, 0.95)
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the table: LoRA factors (or none), a prompt ("coarse", "fine" or "plain fine"), a guidance scale."""
+    """One row of the table: LoRA factors (or none), a prompt ("coarse", "fine" or "plain fine"), a guidance
+    scale.
+    """
 
     name: str
     factors: tuple[Tensor, Tensor] | None
@@ -65,7 +69,7 @@ class Judge:
         return self.evaluator.read(np.concatenate(clips))
 
     def measure(self, method: Method) -> dict[str, float]:
-        """Flow-matching loss, joint and mean factor accuracy, Frechet distance and diversity of one method."""
+        """Flow-matching loss, joint and mean factor accuracy, Frechet distance, diversity of a method."""
         torch.manual_seed(self.settings.seed)  # the same noise for every method
         loss = self._flow_matching(method)
         noise = torch.randn(len(self.labels), *self.real.latents.shape[1:])
@@ -154,7 +158,8 @@ def response_figures(
 ) -> dict[str, float]:
     """Stage I against the held-out LoRAs' maps, beside the mean training map and |W| alone.
 
-    Maps are compared as probabilities, over all layers of a task at once; centred means minus the mean training map.
+    Maps are compared as probabilities, over all layers of a task at once; centred means minus the mean
+    training map.
     """
     weights = data.stacked_weights()
     index = torch.arange(len(weights))
@@ -192,7 +197,9 @@ def evaluate(
     evaluator: evaluator_module.Evaluator,
     report: Callable[[str, dict[str, float]], None] = lambda name, figures: None,
 ) -> dict:
-    """The whole table and its summary; `known` are the training LoRAs, `wanted` those of the held-out actions."""
+    """The whole table and its summary; `known` are the training LoRAs, `wanted` those of the held-out
+    actions.
+    """
     judge = Judge(data, settings, evaluator)
     own = (wanted.A, wanted.B)
     predicted = predicted_factors(hypernetwork, data, judge.sentences)

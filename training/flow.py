@@ -1,4 +1,6 @@
-"""Flow matching as WAN2.1 uses it: x_t = (1 - t) x_0 + t eps, velocity v = eps - x_0 (LoFA eq. 7 in this form)."""
+"""Flow matching as WAN2.1 uses it: x_t = (1 - t) x_0 + t eps, velocity v = eps - x_0 (LoFA eq. 7 in this
+form).
+"""
 
 from collections.abc import Callable
 

@@ -1,4 +1,6 @@
-"""LoRAs as tensors in a running diffusers model: many tasks in one batch, gradients to the factors, no weight touched."""
+"""LoRAs as tensors in a running diffusers model: many tasks in one batch, gradients to the factors, no weight
+touched.
+"""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,7 +26,8 @@ def injected(
 ) -> Iterator[None]:
     """Within the context every module adds B A x to its output (eq. 1).
 
-    A[name] is [K, r, in] and B[name] [K, out, r] for K tasks; the model's batch must then be K equal parts, one a task.
+    A[name] is [K, r, in] and B[name] [K, out, r] for K tasks; the model's batch must then be K equal parts,
+    one a task.
     """
     handles = [modules[name].register_forward_hook(_hook(A[name], B[name])) for name in A]
     try:

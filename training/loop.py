@@ -12,7 +12,8 @@ from rich.table import Table
 
 from lofa_core import miniature
 from lofa_core.checkpoint import load_hypernetwork, save_hypernetwork
-from lofa_core.hypernetwork import Hypernetwork, HypernetworkConfig
+from lofa_core.descriptions import HypernetworkConfig
+from lofa_core.hypernetwork import Hypernetwork
 
 from .config import TrainingConfig
 from .evaluate import evaluate
@@ -22,7 +23,7 @@ from .miniature import evaluator as evaluator_module
 from .miniature.tasks import MiniatureTasks
 from .stages import train_stage1, train_stage2
 
-SHIPPED = Path(__file__).parent / "miniature"  # the evaluator and the LoRAs that the README's figures rest on
+SHIPPED = Path(__file__).parent / "miniature"  # the LoRAs that the README's figures rest on
 
 
 class Run:
@@ -44,7 +45,9 @@ class Run:
             )
 
     def loras(self) -> None:
-        """Per-task LoRAs of `lora_tasks` training actions and of every held-out one; resumes after the last batch done."""
+        """Per-task LoRAs of `lora_tasks` training actions and of every held-out one; resumes after the last
+        batch done.
+        """
         held_out = self.data.held_out_clips(self.config.data.clips_per_task, offset=2)
         for name, actions, clips in (
             ("held_out", self.data.held_out, held_out),
@@ -88,7 +91,7 @@ class Run:
         network = load_hypernetwork(hypernetwork or miniature.HYPERNETWORK)
         found = evaluate(
             network, self.data, self.config.evaluation, self._dataset("training"), self._dataset("held_out"),
-            evaluator_module.load(SHIPPED / "evaluator.safetensors"), self._say_row,
+            evaluator_module.load(), self._say_row,
         )  # fmt: skip
         self.console.print(_table(found["rows"]))
         found = _rounded(found | {"seconds": time.time() - started})
@@ -144,8 +147,8 @@ class Run:
         out_features, in_features = base.layers[0].shape
         torch.manual_seed(self.config.stage1.seed)
         config = HypernetworkConfig(
-            condition.width, out_features, in_features, self.config.lora.rank, sizes.patch, sizes.width, sizes.heads,
-            sizes.blocks, sizes.mlp_ratio, sizes.pooling_queries, sizes.feature_blocks,
+            condition.width, out_features, in_features, self.config.lora.rank, sizes.patch, sizes.width,
+            sizes.heads, sizes.blocks, sizes.mlp_ratio, sizes.pooling_queries, sizes.feature_blocks,
         )  # fmt: skip
         return Hypernetwork(config, base, condition)
 

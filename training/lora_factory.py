@@ -1,7 +1,7 @@
 """Per-task LoRAs, the training targets: several tasks at once, from one shared initialisation.
 
-The shared A and common random numbers matter: with an A drawn anew for each task, nothing about A or B can be learned
-across tasks (miniature.md, finding 1).
+The shared A and common random numbers matter: with an A drawn anew for each task, nothing about A or B can be
+learned across tasks (miniature.md, finding 1).
 """
 
 import math
@@ -48,9 +48,11 @@ def train_loras(
     *,
     report: Callable[[int, float], None] = lambda step, loss: None,
 ) -> tuple[Tensor, Tensor]:
-    """LoRAs for K tasks of unit latents [n_k, C, T, H, W], under the coarse prompt's folded text states [1, S + 1, d].
+    """LoRAs for K tasks of unit latents [n_k, C, T, H, W], under the coarse prompt's folded text states [1, S
+    + 1, d].
 
-    Every task sees the same noise and times (common random numbers). Returns A [K, L, r, in] and B [K, L, out, r].
+    Every task sees the same noise and times (common random numbers). Returns A [K, L, r, in] and B [K, L,
+    out, r].
     """
     count, names = len(tasks), [layer.name for layer in layers]
     modules = target_modules(model, names)
@@ -78,7 +80,8 @@ def train_loras(
         with injected(modules, A, B):
             x = flow.noised(clean, noise, times)
             wrong = model(x, times * 1000.0, text, return_dict=False)[0] - (noise - clean)
-        # The sum over tasks of each task's own mean: a task's gradient does not depend on who shares its batch.
+        # The sum over tasks of each task's own mean: a task's gradient does not depend on who shares its
+        # batch.
         loss = wrong.pow(2).view(count, -1).mean(1).sum()
         optimiser.zero_grad()
         loss.backward()

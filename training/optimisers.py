@@ -5,10 +5,12 @@ from torch import nn
 
 
 class MuonAdamW:
-    """torch.optim.Muon on every weight of two or more axes (convolutions as [out, in * taps]), AdamW on what is left.
+    """torch.optim.Muon on every weight of two or more axes (convolutions as [out, in * taps]), AdamW on what
+    is left.
 
-    Muon's orthogonalised steps take small models to a given loss in well under half of AdamW's steps. Embeddings and
-    first and last layers named in `adamw_names` (substrings) stay with AdamW, as is usual.
+    Muon's orthogonalised steps take small models to a given loss in well under half of AdamW's steps.
+    Embeddings and first and last layers named in `adamw_names` (substrings) stay with AdamW, as is usual.
+    Make it after the model has reached its device: it holds views of the parameters.
     """
 
     def __init__(
@@ -28,8 +30,8 @@ class MuonAdamW:
             else:
                 rest.append(parameter)
         self.optimisers: list[torch.optim.Optimizer] = [
-            torch.optim.Muon([flat for _, flat in self._matrices], lr=muon_rate, weight_decay=0.0, momentum=0.95,
-                             adjust_lr_fn="match_rms_adamw"),
+            torch.optim.Muon([flat for _, flat in self._matrices], lr=muon_rate, weight_decay=0.0,
+                             momentum=0.95, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
         ]  # fmt: skip
         self._rates = [group["lr"] for optimiser in self.optimisers for group in optimiser.param_groups]
@@ -40,6 +42,10 @@ class MuonAdamW:
         for group, rate in zip(groups, self._rates, strict=True):
             group["lr"] = rate * factor
         for parameter, flat in self._matrices:
+            if flat.data_ptr() != parameter.data_ptr():
+                raise RuntimeError(
+                    "the model's parameters moved after MuonAdamW was made; make it afterwards"
+                )
             flat.grad = None if parameter.grad is None else parameter.grad.view_as(flat)
         for optimiser in self.optimisers:
             optimiser.step()

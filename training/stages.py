@@ -27,7 +27,8 @@ _EMBEDDINGS = ("embedding", "position", "cls_token", "pooling_queries")
 def stage1_loss(
     response: Response, weights: Tensor, A: Tensor, B: Tensor, likelihood_weight: float
 ) -> Tensor:
-    """Binary cross-entropy of the response map (eq. 4) + likelihood_weight x Gaussian negative log-likelihood of dW.
+    """Binary cross-entropy of the response map (eq. 4) + likelihood_weight x Gaussian negative log-likelihood
+    of dW.
 
     weights [N, out, in]; targets A [K, N, r, in], B [K, N, out, r].
     """
@@ -110,11 +111,13 @@ def train_stage2(
     out: Path,
     report: Report,
 ) -> None:
-    """Fit Stage II (from Stage I) with reconstruction, diffusion and distillation; averaged weights go to `out`.
+    """Fit Stage II (from Stage I) with reconstruction, diffusion and distillation; averaged weights go to
+    `out`.
 
-    Reconstruction (eq. 6) needs a task's own LoRA: A [K, L, r, in], B [K, L, out, r] of `lora_actions`. The diffusion loss
-    (eq. 7) and the distillation run on every training task: the base model under the coarse prompt with the predicted LoRA
-    must match the clip's velocity, and a teacher's: the base with the task's own LoRA, or under the fine prompt without.
+    Reconstruction (eq. 6) needs a task's own LoRA: A [K, L, r, in], B [K, L, out, r] of `lora_actions`. The
+    diffusion loss (eq. 7) and the distillation run on every training task: the base model under the coarse
+    prompt with the predicted LoRA must match the clip's velocity, and a teacher's: the base with the task's
+    own LoRA, or under the fine prompt without.
     """
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     device = accelerator.device
@@ -179,7 +182,9 @@ def train_stage2(
 
 
 def _teacher(model, modules, names, x, times, fine, coarse, rows, A, B, clips) -> Tensor:
-    """Velocities to match: base + own LoRA under the coarse prompt where there is one, else the base, fine prompt."""
+    """Velocities to match: base + own LoRA under the coarse prompt where there is one, else the base, fine
+    prompt.
+    """
     has_lora = (rows >= 0).repeat_interleave(clips).to(x.device)
     target = torch.empty_like(x)
     with torch.no_grad():

@@ -1,9 +1,13 @@
 """Train and evaluate a LoFA hypernetwork.
 
-    python training/train.py all --config training/configs/miniature.toml       per-task LoRAs, Stage I, Stage II
-    python training/train.py loras | stage1 | stage2 --config ...               one part, from what the run's folder holds
-    python training/train.py evaluate --config ...                              held-out figures; last line: one JSON object
-    torchrun --nproc-per-node 2 training/train.py all --config ...              data parallel, on CPU cores or GPUs
+    python training/train.py all --config training/configs/miniature.toml
+        per-task LoRAs, then Stage I, then Stage II
+    python training/train.py {loras,stage1,stage2} --config ...
+        one part, from what the run's folder holds
+    python training/train.py evaluate --config ...
+        held-out figures; the last line is one JSON object
+    torchrun --nproc-per-node 2 training/train.py all --config ...
+        data parallel, on CPU cores or GPUs
 
 Everything a run makes lies in its `out` folder; the configuration's own comments explain every key.
 """
@@ -20,6 +24,7 @@ import argparse
 import json
 
 from rich.console import Console
+from rich.text import Text
 
 from training.config import load_config
 
@@ -43,13 +48,13 @@ def main() -> int:
 
         run = Run(config, console)
         if chosen.command == "evaluate":
-            print(json.dumps(run.evaluate(chosen.hypernetwork)))
+            sys.stdout.write(json.dumps(run.evaluate(chosen.hypernetwork)) + "\n")
             return 0
         parts = ("loras", "stage1", "stage2") if chosen.command == "all" else (chosen.command,)
         for part in parts:
             getattr(run, part)()
     except (ValueError, OSError) as error:
-        console.print(f"[bold red]error[/] {error}", soft_wrap=True)
+        console.print(Text("error ", "bold red"), Text(str(error)), soft_wrap=True)
         return 2
     return 0
 

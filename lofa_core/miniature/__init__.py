@@ -1,6 +1,8 @@
-"""The embedded default: WAN2.1 at a thousandth of its size, with its hypernetwork. Weights and their places only.
+"""The embedded default: WAN2.1 at a thousandth of its size, with its hypernetwork. Weights and their places
+only.
 
-Made by `python -m training.miniature.make` and `python training/train.py`; figures.json says how and how good.
+Made by `python -m training.miniature.make` and `python training/train.py`; figures.json says how and how
+good.
 """
 
 from pathlib import Path
@@ -12,7 +14,6 @@ TEXT_ENCODER = FOLDER / "text_encoder" / "model.safetensors"
 TEXT_ENCODER_CONFIG = FOLDER / "text_encoder" / "config.json"
 TOKENIZER = FOLDER / "tokenizer" / "spiece.model"
 HYPERNETWORK = FOLDER / "lofa_miniature_text.safetensors"
-EVALUATOR = FOLDER / "evaluator.safetensors"
 FIGURES = FOLDER / "figures.json"
 
 COARSE_PROMPT = "a person is moving"

@@ -24,9 +24,12 @@ PAGE_ONLY = {"Note", "MarkdownNote"}  # nodes that live in the page and are neve
 
 
 def pytest_collection_modifyitems(items):
+    missing = find_installation() is None
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.comfy)
+            if missing:
+                item.add_marker(pytest.mark.skip("no ComfyUI here; set COMFYUI_PATH (and COMFYUI_PYTHON)"))
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,10 @@ class Installation:
         kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
         return {"OMP_NUM_THREADS": "2", **kept}
 
-    def check(self, name: str, *arguments: object) -> dict:
-        """Run one function of in_comfyui.py with ComfyUI's Python; what it returns."""
-        command = [self.python, Path(__file__).with_name("in_comfyui.py"), self.path, ROOT, name, *arguments]
+    def inspect(self, prompt: str, encoding: Path) -> dict:
+        """Run in_comfyui.py with ComfyUI's Python; what it saw."""
+        script = Path(__file__).with_name("in_comfyui.py")
+        command = [self.python, script, self.path, ROOT, prompt, encoding]
         done = subprocess.run(
             [str(part) for part in command],
             capture_output=True,
@@ -139,14 +143,18 @@ def _widget_values(info: dict, values: list) -> dict:
     return named
 
 
-@pytest.fixture(scope="session")
-def installation() -> Installation:
+def find_installation() -> Installation | None:
+    """The checkout named in the docstring above, or None where there is none."""
     path = Path(os.environ.get("COMFYUI_PATH") or Path.home() / "comfy/ComfyUI")
     scripts = "Scripts/python.exe" if sys.platform == "win32" else "bin/python"
     python = Path(os.environ.get("COMFYUI_PYTHON") or path / ".venv" / scripts)
-    if not (path / "main.py").is_file() or not python.is_file():
-        pytest.skip("no ComfyUI found; set COMFYUI_PATH (and COMFYUI_PYTHON) to test with one")
-    return Installation(path, python)
+    found = (path / "main.py").is_file() and python.is_file()
+    return Installation(path, python) if found else None
+
+
+@pytest.fixture(scope="session")
+def installation() -> Installation:
+    return find_installation()
 
 
 @pytest.fixture(scope="session")

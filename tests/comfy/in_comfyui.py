@@ -1,8 +1,8 @@
-"""Checks that need ComfyUI's Python objects, run by `Installation.check` with its Python and not by pytest:
+"""Looks at ComfyUI's Python objects; run by `Installation.inspect` with ComfyUI's own Python, not by pytest:
 
-python in_comfyui.py <ComfyUI checkout> <this repository> <function> [argument ...]
+python in_comfyui.py <ComfyUI checkout> <this repository> <prompt> <file for its encoding>
 
-Each function returns what the test asserts on; it is written to standard output as one line of JSON.
+What the functions return goes to standard output as one line of JSON, by function name.
 """
 
 import importlib.util
@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-COMFYUI, REPOSITORY, FUNCTION, *ARGUMENTS = sys.argv[1:]
+COMFYUI, REPOSITORY, PROMPT, ENCODING = sys.argv[1:]
 sys.path[0] = COMFYUI
 sys.argv = [str(Path(COMFYUI, "main.py"))]
 
@@ -38,9 +38,8 @@ def load_pack():
     return host
 
 
-def unpatched_weights() -> dict:
+def unpatched_weights(host) -> dict:
     """Weights read from a MODEL that another LoRA was applied to and that is loaded, against the file's."""
-    host = load_pack()
     from lofa_pack.lofa_core import miniature
 
     model, _, _ = host.load_miniature()
@@ -68,9 +67,8 @@ def unpatched_weights() -> dict:
     }
 
 
-def hooked_weights() -> dict:
+def hooked_weights(host) -> dict:
     """A weight that a hook has changed in place, as ComfyUI leaves it while hooks are applied."""
-    host = load_pack()
     model, _, _ = host.load_miniature()
     key = "diffusion_model.blocks.0.self_attn.q.weight"
     weight = model.model.diffusion_model.blocks[0].self_attn.q.weight
@@ -84,18 +82,16 @@ def hooked_weights() -> dict:
     }
 
 
-def text_encoding(prompt: str, out: str) -> dict:
-    """Writes ComfyUI's encoding of a prompt by the miniature's CLIP."""
-    host = load_pack()
+def text_encoding(host) -> dict:
+    """Writes the prompt as encoded by the miniature's CLIP."""
     _, clip, _ = host.load_miniature()
-    tokens = host.encode_text(clip, prompt)
-    save_file({"tokens": tokens.float().contiguous()}, out)
+    tokens = host.encode_text(clip, PROMPT)
+    save_file({"tokens": tokens.float().contiguous()}, ENCODING)
     return {"shape": list(tokens.shape)}
 
 
-def lora_that_does_not_match() -> dict:
+def lora_that_does_not_match(host) -> dict:
     """The error for a LoRA whose layers this MODEL lacks."""
-    host = load_pack()
     model, _, _ = host.load_miniature()
     lora = {
         "diffusion_model.blocks.99.self_attn.q.lora_A.weight": torch.zeros(2, 96),
@@ -108,9 +104,8 @@ def lora_that_does_not_match() -> dict:
     return {"error": ""}
 
 
-def wrong_text_encoder() -> dict:
+def wrong_text_encoder(host) -> dict:
     """The error for a CLIP of another width than the hypernetwork was trained with."""
-    host = load_pack()
     from lofa_pack.lofa_core.checkpoint import load_hypernetwork
     from lofa_pack.nodes.conditions import EXAMPLE, EncodeText
 
@@ -131,5 +126,13 @@ def wrong_text_encoder() -> dict:
 
 if __name__ == "__main__":
     with torch.inference_mode():
-        result = globals()[FUNCTION](*ARGUMENTS)
-    sys.stdout.write("\n" + json.dumps(result) + "\n")
+        pack = load_pack()
+        looks = (
+            unpatched_weights,
+            hooked_weights,
+            text_encoding,
+            lora_that_does_not_match,
+            wrong_text_encoder,
+        )
+        seen = {look.__name__: look(pack) for look in looks}
+    sys.stdout.write("\n" + json.dumps(seen) + "\n")

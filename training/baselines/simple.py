@@ -26,7 +26,7 @@ def nearest_lora(A: Tensor, B: Tensor, known: Tensor, wanted: Tensor) -> Factors
 def ridge_lora(
     A: Tensor, B: Tensor, known: Tensor, wanted: Tensor, strengths=(0.1, 1.0, 10.0, 100.0)
 ) -> Factors:
-    """Ridge regression from one-hot factors to every entry of A and B; the strength by leave-one-out error."""
+    """Ridge regression from one-hot factors to entries of A and B; the strength by leave-one-out error."""
     sizes = [int(max(known[:, i].max(), wanted[:, i].max())) + 1 for i in range(known.shape[1])]
 
     def one_hot(indices: Tensor) -> Tensor:

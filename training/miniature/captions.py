@@ -1,8 +1,9 @@
 """Captions: how an action, clothes and a place are said in English, finely or coarsely.
 
-Every factor value has several wordings. Those under "train" are what the base model, the LoRAs and the hypernetwork were
-trained with; those under "reserved", and the reserved sentence plans, occur in the held-out evaluation only. The text
-encoder alone has read the reserved words (as a real UMT5 has read the web), in training's sentence plans.
+Every factor value has several wordings. Those under "train" are what the base model, the LoRAs and the
+hypernetwork were trained with; those under "reserved", and the reserved sentence plans, occur in the held-out
+evaluation only. The text encoder alone has read the reserved words (as a real UMT5 has read the web), in
+training's sentence plans.
 """
 
 import re
@@ -131,8 +132,8 @@ def fine_caption(
 ) -> str:
     """A sentence for `action`; each factor, the clothes and the place are kept with probability `keep`.
 
-    `wordings` is "train", "reserved" or "both" (an even choice for each part); `look` None leaves clothes and place out.
-    With every factor dropped the sentence is a coarse one.
+    `wordings` is "train", "reserved" or "both" (an even choice for each part); `look` None leaves clothes and
+    place out. With every factor dropped the sentence is a coarse one.
     """
     kept = {field.name: rng.random() < keep for field in fields(Action)}
     said = {
@@ -170,14 +171,16 @@ def fine_caption(
 
 
 def canonical_caption(action: Action) -> str:
-    """The plainest sentence for an action: first wording of every factor, first plan, no clothes, no place."""
+    """The plainest sentence for an action: first wording of each factor, first plan, no clothes or place."""
     said = {name: WORDINGS[name][getattr(action, name)]["train"][0] for name in FACTORS}
     swing = f"{SWING['train'][0][0]} {said['limb']} {said['amplitude']} {said['tempo']}"
     return f"{SUBJECTS[0]} {swing}, {said['travel'][0]}, {said['lean']}, {said['stance']}"
 
 
 def says(sentence: str, factor: str, value: str) -> bool:
-    """Whether `sentence`, made by `fine_caption`, words this value of a factor, "shirt", "trousers" or "backdrop"."""
+    """Whether `sentence`, made by `fine_caption`, words this value of a factor, "shirt", "trousers" or
+    "backdrop".
+    """
     if factor == "backdrop":
         phrases = PLACES[value]
     elif factor in ("shirt", "trousers"):
@@ -189,9 +192,10 @@ def says(sentence: str, factor: str, value: str) -> bool:
 
 
 def said_factors(sentence: str) -> dict[str, str]:
-    """The factor values a sentence words plainly: factor -> value, left out where none or several are said."""
+    """The factor values a sentence words plainly: factor -> value, left out where none or more are said."""
     found = {
-        name: [value for value in values if says(sentence.lower(), name, value)] for name, values in FACTORS.items()
+        name: [value for value in values if says(sentence.lower(), name, value)]
+        for name, values in FACTORS.items()
     }
     return {name: values[0] for name, values in found.items() if len(values) == 1}
 

@@ -1,6 +1,7 @@
 """`make demo`: a sentence becomes a LoRA becomes a personalised clip, on the embedded miniature.
 
-Writes the LoRA, a before/after contact sheet and animation, and the response heatmap; prints what the evaluator reads.
+Writes the LoRA, a before/after contact sheet and animation, and the response heatmap; prints what the
+evaluator reads.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import torch
 from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lofa_core import miniature
 from lofa_core.base_models import BaseWeights
@@ -23,7 +25,6 @@ from lofa_core.lora_files import match, save_lora
 from lofa_core.prediction import predict
 
 from ..backbones import load_pipeline
-from ..loop import SHIPPED
 from . import captions, evaluator, world
 
 PROMPT = "a person swings the left arm widely and quickly, jumps up, leaning right, feet apart"
@@ -33,15 +34,18 @@ CLIPS, STEPS, SCALE = 4, 20, 3
 def generate(pipeline, prompt: str, seed: int) -> np.ndarray:
     """`CLIPS` clips from one seed, uint8 [B, T, H, W, 3]."""
     frames = pipeline(
-        [prompt] * CLIPS, height=miniature.SIZE, width=miniature.SIZE, num_frames=miniature.FRAMES, guidance_scale=1.0,
-        num_inference_steps=STEPS, generator=torch.Generator().manual_seed(seed), output_type="np",
+        [prompt] * CLIPS, height=miniature.SIZE, width=miniature.SIZE, num_frames=miniature.FRAMES,
+        guidance_scale=1.0, num_inference_steps=STEPS, output_type="np",
+        generator=torch.Generator().manual_seed(seed),
     ).frames  # fmt: skip
     return (np.asarray(frames) * 255.0).round().astype(np.uint8)
 
 
 def contact_sheet(before: np.ndarray, after: np.ndarray, titles: tuple[str, str]) -> Image.Image:
     """Every other frame of each clip in a row: the base's clips above, the personalised ones below."""
-    blocks = [np.concatenate([np.concatenate(list(clip[::2]), 1) for clip in clips], 0) for clips in (before, after)]
+    blocks = [
+        np.concatenate([np.concatenate(list(clip[::2]), 1) for clip in clips], 0) for clips in (before, after)
+    ]
     height, width = blocks[0].shape[0] * 2, blocks[0].shape[1] * 2
     bar = 22
     sheet = Image.new("RGB", (width, 2 * (height + bar)), "white")
@@ -63,7 +67,7 @@ def animation(before: np.ndarray, after: np.ndarray) -> list[Image.Image]:
 
 def readings(asked: dict[str, str], before: np.ndarray, after: np.ndarray) -> Table:
     """What the evaluator reads in each clip, beside what the sentence asked for."""
-    judge = evaluator.load(SHIPPED / "evaluator.safetensors")
+    judge = evaluator.load()
     table = Table("", *world.FACTORS, "asked for, of those said")
     table.add_row("the sentence", *(asked.get(name, "-") for name in world.FACTORS), "")
     for title, clips in (("base", before), ("personalised", after)):
@@ -97,7 +101,9 @@ def run(prompt: str, out: Path, seed: int, console: Console) -> None:
     titles = (f'base, "{network.condition.coarse_prompt}"', f'with the LoRA predicted from "{prompt}"')
     contact_sheet(before, after, titles).save(out / "before_after.png")
     frames = animation(before, after)
-    frames[0].save(out / "before_after.webp", save_all=True, append_images=frames[1:], duration=90, loop=0, lossless=True)
+    frames[0].save(
+        out / "before_after.webp", save_all=True, append_images=frames[1:], duration=90, loop=0, lossless=True
+    )
 
     console.print(readings(captions.said_factors(prompt), before, after))
     console.print(f"LoRA predicted in {seconds:.2f} s; {match(prediction.lora, base.model).summary()}")
@@ -107,15 +113,19 @@ def run(prompt: str, out: Path, seed: int, console: Console) -> None:
 
 def main() -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompt", default=PROMPT, help="your own sentence, in the miniature's small vocabulary")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--prompt", default=PROMPT, help="your own sentence, in the miniature's small vocabulary"
+    )
     parser.add_argument("--out", type=Path, default=Path("out/demo"))
     parser.add_argument("--seed", type=int, default=7)
     chosen = parser.parse_args()
     try:
         run(chosen.prompt, chosen.out, chosen.seed, Console(highlight=False))
     except (ValueError, OSError) as error:
-        Console(stderr=True, highlight=False).print(f"[bold red]error[/] {error}", soft_wrap=True)
+        Console(stderr=True).print(Text("error ", "bold red"), Text(str(error)), soft_wrap=True)
         return 2
     return 0
 

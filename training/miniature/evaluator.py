@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from . import world
 
 FEATURES = 48
+SHIPPED = Path(__file__).with_suffix(".safetensors")
 
 
 class Evaluator(nn.Module):
@@ -104,7 +105,8 @@ def _roughen(clips: torch.Tensor) -> torch.Tensor:
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """Frechet distance between Gaussians fitted to features [N, d] and [M, d]."""
     covariance_a, covariance_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    # The trace of the square root of the product equals the sum of the roots of its eigenvalues, which are real.
+    # The trace of the square root of the product equals the sum of the roots of its eigenvalues, which are
+    # real.
     roots = np.sqrt(np.clip(np.linalg.eigvals(covariance_a @ covariance_b).real, 0.0, None))
     gap = a.mean(0) - b.mean(0)
     return float(gap @ gap + np.trace(covariance_a) + np.trace(covariance_b) - 2.0 * roots.sum())
@@ -115,7 +117,7 @@ def save(model: Evaluator, path: Path) -> None:
     save_file({k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}, path)
 
 
-def load(path: Path) -> Evaluator:
+def load(path: Path = SHIPPED) -> Evaluator:
     """The trained evaluator."""
     model = Evaluator()
     model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()})

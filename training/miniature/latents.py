@@ -1,4 +1,6 @@
-"""The world's clips as VAE latents in memory: what the base model, the LoRAs and the hypernetwork are trained on."""
+"""The world's clips as VAE latents in memory: what the base model, the LoRAs and the hypernetwork are trained
+on.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,9 @@ _LOOKS = (tuple(world.COLOURS), tuple(world.COLOURS), world.BACKDROPS)
 
 @dataclass
 class LatentClips:
-    """Unit latents float16 [N, 16, 5, 8, 8]; factor indices uint8 [N, 6]; indices of shirt, trousers, backdrop [N, 3]."""
+    """Unit latents float16 [N, 16, 5, 8, 8]; factor indices uint8 [N, 6]; indices of shirt, trousers,
+    backdrop [N, 3].
+    """
 
     latents: torch.Tensor
     actions: torch.Tensor

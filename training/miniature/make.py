@@ -1,8 +1,10 @@
-"""Make the miniature: `python -m training.miniature.make [all | vae | text | base | evaluator] [--out FOLDER]`.
+"""Make the miniature: `python -m training.miniature.make [all | vae | text | base | evaluator] [--out
+FOLDER]`.
 
-Each part is written as it is done, in the places `lofa_core.miniature` names; its figures go to figures.json. The
-hypernetwork is trained afterwards, by `python training/train.py all --config training/configs/miniature.toml`.
-`torchrun --nproc-per-node N -m training.miniature.make ...` uses N processes for the VAE and the base model.
+Each part is written as it is done, in the places `lofa_core.miniature` names; its figures go to figures.json.
+The hypernetwork is trained afterwards, by `python training/train.py all --config
+training/configs/miniature.toml`. `torchrun --nproc-per-node N -m training.miniature.make ...` uses N
+processes for the VAE and the base model.
 """
 
 import argparse
@@ -21,20 +23,21 @@ from lofa_core import miniature
 from lofa_core.key_names import wan_to_original
 from lofa_core.key_names_vae import vae_to_original
 
-from ..backbones import load_vae
+from ..backbones import from_unit, load_vae
+from ..config import DataConfig
 from . import evaluator as evaluator_module
 from . import text_encoder, tokenizer_json, transformer, vae, world
 from .latents import LatentClips, encode_clips
-from ..config import DataConfig
 
 SEED = 0
 HELD_OUT = DataConfig().held_out_tasks
-# (frames, steps, clips or frames a process, learning rate, KL weight): single frames first, then clips, as WAN was trained.
+# (frames, steps, clips or frames a process, learning rate, KL weight): single frames first, then clips, as
+# WAN was trained.
 VAE_PHASES = ((1, 2000, 16, 3e-3, 2e-5), (9, 2000, 2, 2e-3, 1e-4), (17, 600, 1, 5e-4, 1e-4))
 TEXT_STEPS = 1000
 BASE_STEPS, BASE_BATCH, BASE_DIM, BASE_LAYERS = 16_000, 16, 96, 4
 CLIPS_PER_ACTION = 12
-EVALUATOR_STEPS, EVALUATOR_CLIPS = 1500, 6000
+EVALUATOR_STEPS, EVALUATOR_CLIPS, EVALUATOR_DECODED = 900, 4000, 1500
 
 console = Console(stderr=True)
 
@@ -53,7 +56,9 @@ def make_vae(out: Path, work: Path) -> None:
 
 
 def export_vae(checkpoint: Path, out: Path, fold: bool = True) -> None:
-    """Write vae/ and record its held-out PSNR. `fold` False keeps latents as they are (a decoder trained further)."""
+    """Write vae/ and record its held-out PSNR. `fold` False keeps latents as they are (a decoder trained
+    further).
+    """
     actions, held_out = world.split_actions(HELD_OUT, SEED)
     model = vae.build()
     model.load_state_dict(torch.load(checkpoint, weights_only=True))
@@ -119,16 +124,27 @@ def export_base(checkpoint: Path, out: Path) -> None:
     FlowMatchEulerDiscreteScheduler(shift=3.0).save_config(_fresh(out / "scheduler"))
 
 
-def make_evaluator(out: Path) -> None:
-    """Train the evaluator on drawn clips and measure it on held-out actions, drawn and through the VAE."""
+def make_evaluator(out: Path, work: Path) -> None:
+    """Train the evaluator on drawn and on decoded clips; measure it on held-out actions, drawn and through
+    the VAE.
+    """
     actions, held_out = world.split_actions(HELD_OUT, SEED)
-    clips, labels = _drawn(actions, EVALUATOR_CLIPS, np.random.default_rng(SEED + 3))
+    decoder, statistics = vae.WholeClipVAE(load_vae(out)), load_vae(out)
+    drawn = _drawn(actions, EVALUATOR_CLIPS, np.random.default_rng(SEED + 3))
+    known = LatentClips.load(work / "latents.pt")
+    picks = torch.from_numpy(np.random.default_rng(SEED + 5).permutation(len(known))[:EVALUATOR_DECODED])
+    with torch.no_grad():
+        decoded = [
+            vae.to_clips(decoder.decode(from_unit(part.float(), statistics)))
+            for part in known.latents[picks].split(16)
+        ]
+    clips = np.concatenate([drawn[0], *decoded])
+    labels = np.concatenate([drawn[1], known.actions[picks].numpy()])
     model = evaluator_module.train(clips, labels, EVALUATOR_STEPS, seed=SEED, report=_reporter("evaluator"))
-    evaluator_module.save(model, out / miniature.EVALUATOR.name)
-    model = evaluator_module.load(out / miniature.EVALUATOR.name)
+    evaluator_module.save(model, evaluator_module.SHIPPED)
+    model = evaluator_module.load()
     clips, labels = _drawn(held_out, 512, np.random.default_rng(SEED + 4))
     figures = {"held_out_joint": float((model.read(clips)[0] == labels).all(1).mean())}
-    decoder = vae.WholeClipVAE(load_vae(out))
     with torch.no_grad():
         rebuilt = [decoder.decode(decoder.encode(part)) for part in vae.to_video(clips[:128]).split(16)]
     read = model.read(vae.to_clips(torch.cat(rebuilt)))[0]
@@ -183,7 +199,7 @@ def main() -> None:
         "vae": lambda: make_vae(chosen.out, chosen.work),
         "text": lambda: make_text(chosen.out),
         "base": lambda: make_base(chosen.out, chosen.work),
-        "evaluator": lambda: make_evaluator(chosen.out),
+        "evaluator": lambda: make_evaluator(chosen.out, chosen.work),
     }
     for part, make in steps.items():
         if chosen.part in ("all", part):

@@ -1,4 +1,6 @@
-"""The miniature's tasks: an action, the sentences for it, its clips as latents, and the base model they live in."""
+"""The miniature's tasks: an action, the sentences for it, its clips as latents, and the base model they live
+in.
+"""
 
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from lofa_core import miniature
 from lofa_core.base_models import BaseWeights
-from lofa_core.hypernetwork import BaseDescription, ConditionDescription, LayerDescription
+from lofa_core.descriptions import BaseDescription, ConditionDescription, LayerDescription
 
 from ..backbones import load_transformer, load_vae, use_folded_padding
 from ..config import DataConfig
@@ -48,7 +50,9 @@ class MiniatureTasks:
         return {action: self.clips.of(action) for action in self.training}
 
     def held_out_clips(self, each: int, offset: int = 0) -> LatentClips:
-        """Real latents of the held-out actions, from seeds that training never used; another set for each `offset`."""
+        """Real latents of the held-out actions, from seeds that training never used; another set for each
+        `offset`.
+        """
         return encode_clips(load_vae(self.base), self.held_out, each, self.config.seed + 90_000 + offset)
 
     def load_model(self) -> WanTransformer3DModel:
@@ -75,7 +79,7 @@ class MiniatureTasks:
         )
 
     def sentence(self, action: world.Action, rng: np.random.Generator) -> str:
-        """A training sentence: mostly whole, sometimes with parts left out or with clothes and a place named."""
+        """A training sentence: mostly whole, some with parts left out or clothes and a place named."""
         keep = 1.0 if rng.random() < 0.8 else 0.8
         look = world.random_look(rng) if rng.random() < 0.3 else None
         return captions.fine_caption(action, look, rng, keep=keep)

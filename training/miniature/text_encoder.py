@@ -1,7 +1,8 @@
-"""The miniature's text encoder: a UMT5 encoder of tiny size and a SentencePiece model, both trained on the captions.
+"""The miniature's text encoder: a UMT5 encoder of tiny size and a SentencePiece model, both trained on the
+captions.
 
-It learns to fill in masked tokens and to hold, in its states, what each factor's value is (or that it was left unsaid).
-It is frozen afterwards; base model, LoRAs and hypernetwork see only its states.
+It learns to fill in masked tokens and to hold, in its states, what each factor's value is (or that it was
+left unsaid). It is frozen afterwards; base model, LoRAs and hypernetwork see only its states.
 """
 
 import io
@@ -36,7 +37,8 @@ def train_tokenizer(actions: list[world.Action], seed: int = 0, sentences: int =
     rules = Path(__file__).with_name("lower_case.tsv")  # hexadecimal code points: from, to
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=corpus, model_writer=model, model_type="unigram", vocab_size=256,
-        pad_id=PAD, eos_id=END, unk_id=UNKNOWN, bos_id=-1, pad_piece="<pad>", eos_piece="</s>", unk_piece="<unk>",
+        pad_id=PAD, eos_id=END, unk_id=UNKNOWN, bos_id=-1, pad_piece="<pad>", eos_piece="</s>",
+        unk_piece="<unk>",
         normalization_rule_tsv=str(rules), required_chars="abcdefghijklmnopqrstuvwxyz", num_threads=1,
         hard_vocab_limit=False, minloglevel=2,
     )  # fmt: skip
@@ -46,7 +48,9 @@ def train_tokenizer(actions: list[world.Action], seed: int = 0, sentences: int =
 def random_caption(
     actions: list[world.Action], rng: np.random.Generator
 ) -> tuple[str, world.Action, world.Look | None]:
-    """A caption with random parts dropped, in training's sentence plans and in all wordings, and what it describes."""
+    """A caption with random parts dropped, in training's sentence plans and in all wordings, and what it
+    describes.
+    """
     action = actions[int(rng.integers(len(actions)))]
     look = world.random_look(rng) if rng.random() < 0.7 else None
     keep = 1.0 if rng.random() < 0.5 else float(rng.random())
@@ -69,8 +73,9 @@ def build(vocabulary: int) -> UMT5EncoderModel:
     """A randomly initialised miniature UMT5 encoder."""
     return UMT5EncoderModel(
         UMT5Config(
-            vocab_size=vocabulary, d_model=WIDTH, d_kv=16, d_ff=128, num_layers=2, num_heads=4, dropout_rate=0.0,
-            feed_forward_proj="gated-gelu", pad_token_id=PAD, eos_token_id=END, decoder_start_token_id=PAD,
+            vocab_size=vocabulary, d_model=WIDTH, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
+            dropout_rate=0.0, feed_forward_proj="gated-gelu", pad_token_id=PAD, eos_token_id=END,
+            decoder_start_token_id=PAD,
         )
     )  # fmt: skip
 
@@ -145,7 +150,9 @@ def train(
 
 
 def _labels(sample) -> torch.Tensor:
-    """int64 [B, len(_READ_OUT)]: the value each caption says, or the class "unsaid" (told from the words themselves)."""
+    """int64 [B, len(_READ_OUT)]: the value each caption says, or the class "unsaid" (told from the words
+    themselves).
+    """
     rows = []
     for text, action, look in sample:
         values = dict(zip(world.FACTORS, astuple(action), strict=True))

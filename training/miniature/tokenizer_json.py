@@ -36,7 +36,9 @@ def write(model: bytes, folder: Path) -> None:
 
 
 def _field(message: bytes, number: int) -> bytes:
-    """The first length-delimited field `number` of a protobuf message (SentencePiece's ModelProto and its parts)."""
+    """The first length-delimited field `number` of a protobuf message (SentencePiece's ModelProto and its
+    parts).
+    """
     return next(value for found, value in _fields(message) if found == number and isinstance(value, bytes))
 
 

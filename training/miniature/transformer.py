@@ -1,7 +1,8 @@
-"""The miniature's diffusion model: WAN2.1's transformer, small, trained by flow matching on the world's captions.
+"""The miniature's diffusion model: WAN2.1's transformer, small, trained by flow matching on the world's
+captions.
 
-Parts of each caption are dropped at random, so the model knows every action by its words, yet a coarse prompt brings none
-of them out: a LoRA then has to select an action, not to teach it, as on a real foundation model.
+Parts of each caption are dropped at random, so the model knows every action by its words, yet a coarse prompt
+brings none of them out: a LoRA then has to select an action, not to teach it, as on a real foundation model.
 """
 
 import math
@@ -15,17 +16,20 @@ from transformers import UMT5EncoderModel
 
 from .. import flow
 from ..backbones import fold_padding, use_folded_padding
+from ..optimisers import MuonAdamW
 from . import captions, text_encoder
 from .latents import LatentClips
 
 HEADS = 4
+_FIRST_AND_LAST = ("patch_embedding", "proj_out", "scale_shift_table", "time_embedder")
 
 
 def build(dim: int = 96, layers: int = 4) -> WanTransformer3DModel:
     """A randomly initialised miniature WAN transformer (frequency and text sizes as ComfyUI expects them)."""
     return WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=HEADS, attention_head_dim=dim // HEADS, in_channels=16, out_channels=16,
-        text_dim=text_encoder.WIDTH, freq_dim=256, ffn_dim=4 * dim, num_layers=layers, cross_attn_norm=True,
+        patch_size=(1, 2, 2), num_attention_heads=HEADS, attention_head_dim=dim // HEADS, in_channels=16,
+        out_channels=16, text_dim=text_encoder.WIDTH, freq_dim=256, ffn_dim=4 * dim, num_layers=layers,
+        cross_attn_norm=True,
         qk_norm="rms_norm_across_heads",
     )  # fmt: skip
 
@@ -87,14 +91,8 @@ def train(
     average = {key: value.detach().clone() for key, value in model.state_dict().items()}
     torch.manual_seed(seed * 1000 + accelerator.process_index)
     rng = np.random.default_rng([seed, accelerator.process_index])
-    optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser,
-        lambda step: (
-            min(1.0, (step + 1) / 200) * (0.02 + 0.49 * (1 + math.cos(math.pi * min(1.0, step / steps))))
-        ),
-    )
-    wrapped, optimiser = accelerator.prepare(model, optimiser)
+    wrapped = accelerator.prepare(model)
+    optimiser = MuonAdamW(model, learning_rate, muon_rate=learning_rate, adamw_names=_FIRST_AND_LAST)
     running = None
     for step in range(steps):
         picks = rng.integers(len(clips), size=batch)
@@ -106,11 +104,9 @@ def train(
             torch.randn_like(clean),
             flow.random_times(batch),
         )
-        optimiser.zero_grad()
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(wrapped.parameters(), 1.0)
-        optimiser.step()
-        schedule.step()
+        optimiser.step(min(1.0, (step + 1) / 200) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps))))
         running = loss.item() if running is None else 0.99 * running + 0.01 * loss.item()
         if accelerator.is_main_process:
             decay = min(ema_decay, (1 + step) / (10 + step))

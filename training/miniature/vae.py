@@ -1,7 +1,8 @@
 """The miniature's VAE: WAN2.1's architecture at base dim 8, trained on the world's clips.
 
-After training, the per-channel mean and deviation of its latents are folded into the 1x1x1 convolutions at its waist, so
-that they equal WAN2.1's published latent statistics: ComfyUI and diffusers then normalise our latents as they do WAN's.
+After training, the per-channel mean and deviation of its latents are folded into the 1x1x1 convolutions at
+its waist, so that they equal WAN2.1's published latent statistics: ComfyUI and diffusers then normalise our
+latents as they do WAN's.
 """
 
 import math
@@ -23,7 +24,9 @@ ARCHITECTURE = dict(base_dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=
 
 
 def build() -> AutoencoderKLWan:
-    """A randomly initialised miniature VAE: quiet latents, temporal resampling a plain average and a plain repetition."""
+    """A randomly initialised miniature VAE: quiet latents, temporal resampling a plain average and a plain
+    repetition.
+    """
     model = AutoencoderKLWan(temperal_downsample=[False, True, True], **ARCHITECTURE)
     for module in model.modules():
         if isinstance(module, WanResample) and hasattr(module, "time_conv"):
@@ -36,7 +39,9 @@ def build() -> AutoencoderKLWan:
 
 @torch.no_grad()
 def _average_in_time(module: WanResample) -> None:
-    """Start temporal resampling where the image VAE can be continued: half the sum of two frames, or the frame twice."""
+    """Start temporal resampling where the image VAE can be continued: half the sum of two frames, or the
+    frame twice.
+    """
     weight, eye = module.time_conv.weight, torch.eye(module.dim)
     weight.mul_(0.1)
     if module.mode == "downsample3d":
@@ -78,8 +83,9 @@ def train(
 ) -> AutoencoderKLWan:
     """Train on random cuts of `frames` frames (1 + a multiple of 4); writes `out` every 100 steps.
 
-    WAN's own order: first single frames (`frames` 1: `batch` frames of one clip each), then clips. Loss: 4 x squared
-    error + L1 / 4 + kl_weight x mean KL to a unit Gaussian (L1 alone lets thin limbs vanish). With `decoder_only` the latents stay as they are.
+    WAN's own order: first single frames (`frames` 1: `batch` frames of one clip each), then clips. Loss: 4 x
+    squared error + L1 / 4 + kl_weight x mean KL to a unit Gaussian (L1 alone lets thin limbs vanish). With
+    `decoder_only` the latents stay as they are.
     """
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     torch.manual_seed(seed + accelerator.process_index)
@@ -94,9 +100,9 @@ def train(
         for module in model.modules():
             if isinstance(module, WanResample) and hasattr(module, "time_conv"):
                 module.time_conv.requires_grad_(False)
-    optimiser = MuonAdamW(model, learning_rate, muon_rate=learning_rate)
     warm_up = max(1, min(50, steps // 10))
     wrapped = accelerator.prepare(WholeClipVAE(model))
+    optimiser = MuonAdamW(model, learning_rate, muon_rate=learning_rate)
     for step in range(steps):
         video = to_video(_random_cuts(actions, batch, frames, rng)).to(accelerator.device)
         rebuilt, kl = wrapped(video)
@@ -113,7 +119,7 @@ def train(
 
 
 def _random_cuts(actions, batch: int, frames: int, rng: np.random.Generator) -> np.ndarray:
-    """uint8 [batch, frames, H, W, 3]; single frames come four to a clip, for drawing costs more than they do."""
+    """uint8 [batch, frames, H, W, 3]; single frames come four to a clip: drawing costs more than they do."""
     if frames > 1:
         start = int(rng.integers(0, world.FRAMES - frames + 1))
         return random_clips(actions, batch, rng)[:, start : start + frames]
@@ -124,7 +130,8 @@ def _random_cuts(actions, batch: int, frames: int, rng: np.random.Generator) -> 
 class WholeClipVAE(nn.Module):
     """A VAE that takes whole clips in one pass, unclamped (a clamped pixel has no gradient).
 
-    diffusers runs the same arithmetic in groups of four frames with caches; the model given here no longer can.
+    diffusers runs the same arithmetic in groups of four frames with caches; the model given here no longer
+    can.
     """
 
     def __init__(self, model: AutoencoderKLWan):

@@ -1,7 +1,7 @@
 """The world: short clips of an articulated figure, drawn from compositional action factors.
 
-A clip is uint8 [FRAMES, SIZE, SIZE, 3] (RGB). Six factors span 480 actions; clothes, backdrop and small jitters vary
-freely. "Left" and "right" always mean left and right in the picture.
+A clip is uint8 [FRAMES, SIZE, SIZE, 3] (RGB). Six factors span 480 actions; clothes, backdrop and small
+jitters vary freely. "Left" and "right" always mean left and right in the picture.
 """
 
 import itertools
