@@ -53,7 +53,7 @@ def load_hypernetwork(path: Path | str) -> Hypernetwork:
     try:
         header = json.loads(metadata["lofa"])
         hypernetwork = Hypernetwork(*_descriptions(header))
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path.name}: its LoFA header is damaged ({error}). Download or train it again."
         ) from error

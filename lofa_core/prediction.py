@@ -34,7 +34,7 @@ def fitting_layers(hypernetwork: Hypernetwork, base: BaseWeights) -> list[Target
         kinds = {tuple(layer.shape) for layer in wanted.layers}
         size = " and ".join(f"{out}x{into}" for out, into in sorted(kinds))
         raise ValueError(
-            f"this hypernetwork predicts LoRAs for {wanted.name} ({len(wanted.layers)} layers of {size}); "
+            f"This hypernetwork predicts LoRAs for {wanted.name} ({len(wanted.layers)} layers of {size}); "
             f"the model given is {base.model.name} ({base.model.summary()}). "
             f"Load a hypernetwork trained for {base.model.name}."
         )
@@ -74,7 +74,10 @@ def predict(
             )
             if maps is not None:
                 responses[name] = maps[row]
-    lora = LoRA(layers, {"lofa_condition": hypernetwork.condition.kind, "lofa_base": hypernetwork.base.name})
+    metadata = {"lofa_condition": hypernetwork.condition.kind, "lofa_base": hypernetwork.base.name}
+    if base.fingerprint() != hypernetwork.base.fingerprint:
+        metadata["lofa_note"] = "predicted for other weights than the hypernetwork was trained with"
+    lora = LoRA(layers, metadata)
     return Prediction(lora, responses, time.perf_counter() - started)
 
 
@@ -119,10 +122,12 @@ def _batches(hypernetwork, base, condition, device, dtype, batch_size, progress,
     """
     if condition.ndim != 3 or len(condition) != 1 or condition.shape[2] != hypernetwork.condition.width:
         raise ValueError(
-            f"the condition is {list(condition.shape)}; this hypernetwork expects [1, tokens, "
+            f"The condition is {list(condition.shape)}; this hypernetwork expects [1, tokens, "
             f"{hypernetwork.condition.width}] ({hypernetwork.condition.kind}). "
             "Encode it with the encoder it was trained with."
         )
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size = {batch_size}: expected at least 1 layer, or None for all at once.")
     layers = fitting_layers(hypernetwork, base)
     condition = condition.to(device=device, dtype=dtype)
     size = batch_size or len(layers)

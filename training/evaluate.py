@@ -200,6 +200,11 @@ def evaluate(
     """The whole table and its summary; `known` are the training LoRAs, `wanted` those of the held-out
     actions.
     """
+    if wanted.actions != data.held_out:
+        raise ValueError(
+            f"the held-out LoRAs are of {len(wanted.actions)} actions that are not this configuration's "
+            f"{len(data.held_out)} held-out ones. Train them with the same [data] table."
+        )
     judge = Judge(data, settings, evaluator)
     own = (wanted.A, wanted.B)
     predicted = predicted_factors(hypernetwork, data, judge.sentences)

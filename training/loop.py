@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
 
@@ -35,25 +36,23 @@ class Run:
         self.config, self.console, self.folder = config, console, Path(config.out)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.data = MiniatureTasks(config.data, self.folder)
-        self.process, self.processes = (
-            int(os.environ.get("RANK", "0")),
-            int(os.environ.get("WORLD_SIZE", "1")),
-        )
-        if self.processes > 1 or config.network.width <= 256:
-            torch.set_num_threads(
-                max(1, (os.cpu_count() or 1) // self.processes) if self.processes > 1 else 1
-            )
+        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        self.process, self.processes = self.accelerator.process_index, self.accelerator.num_processes
+        torch.set_num_threads(1)  # at the miniature's size one thread a process beats several
 
     def loras(self) -> None:
         """Per-task LoRAs of `lora_tasks` training actions and of every held-out one; resumes after the last
         batch done.
         """
+        with self.accelerator.main_process_first():
+            training_clips = self.data.clips
         held_out = self.data.held_out_clips(self.config.data.clips_per_task, offset=2)
         for name, actions, clips in (
             ("held_out", self.data.held_out, held_out),
-            ("training", self._lora_actions(), self.data.clips),
+            ("training", self._lora_actions(), training_clips),
         ):
             self._train_loras(name, actions, [clips.latents[clips.of(action)] for action in actions])
+        self.accelerator.wait_for_everyone()
 
     def stage1(self) -> None:
         """Fit the target statistics and Stage I; writes stage1.safetensors."""
@@ -65,6 +64,7 @@ class Run:
         )
         if self.process == 0:
             save_hypernetwork(network, self.folder / "stage1.safetensors")
+        self.accelerator.wait_for_everyone()
 
     def stage2(self) -> None:
         """Stage II from Stage I; writes hypernetwork.safetensors in half precision."""

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from lofa_core.lora_files import write_safetensors
 
 from .miniature.world import Action
 
@@ -27,7 +28,7 @@ class LoRADataset:
     def save(self, path: Path) -> None:
         """Half precision: the factors are of order 0.1 and are compared through what they do."""
         metadata = {"actions": json.dumps([astuple(action) for action in self.actions])}
-        save_file({"A": self.A.half().contiguous(), "B": self.B.half().contiguous()}, path, metadata)
+        write_safetensors({"A": self.A.half().contiguous(), "B": self.B.half().contiguous()}, path, metadata)
 
     @classmethod
     def load(cls, path: Path) -> "LoRADataset":

@@ -92,7 +92,7 @@ class _Stage2(nn.Module):
     def __init__(self, hypernetwork: Hypernetwork):
         super().__init__()
         self.stage2 = hypernetwork.stage2
-        self._stage1 = [hypernetwork.stage1]  # in a list: not this module's to train
+        self._stage1 = [hypernetwork.stage1]  # in a list: not this module's to train or to synchronise
 
     def forward(self, weights: Tensor, index: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         (stage1,) = self._stage1
@@ -122,7 +122,7 @@ def train_stage2(
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     device = accelerator.device
     hypernetwork.stage2.start_from(hypernetwork.stage1)
-    hypernetwork.stage1.requires_grad_(False)
+    hypernetwork.to(device).stage1.requires_grad_(False)
     rng, weights = _start(settings.seed, accelerator), data.stacked_weights().to(device)
     wrapped = accelerator.prepare(_Stage2(hypernetwork))
     optimiser = MuonAdamW(

@@ -106,17 +106,17 @@ PLACES = {
 }
 CLOTHES = ("in a {shirt} shirt and {trousers} trousers", "wearing a {shirt} top and {trousers} pants")
 
-# {swing}/{travel} are finite ("swings ..."), {swinging}/{travelling} participles. Empty parts leave no trace.
+# Finite and participle forms, alone or joined by "and". Parts that are left out leave no trace.
 PLANS = {
     "train": (
         "{subject} {clothes} {place} {swing}, {travel}, {lean}, {stance}",
-        "{place}, {subject} {clothes}, {lean}, {stance}, {travel} and {swing}",
-        "{subject} {clothes} {travel} {place} while {swinging}, {lean}, {stance}",
-        "{stance}, {lean}, {subject} {clothes} {swing} and {travel} {place}",
+        "{place}, {subject} {clothes}, {lean}, {stance}, {travel_and_swing}",
+        "{subject} {clothes} {travel} {place} {while_swinging}, {lean}, {stance}",
+        "{stance}, {lean}, {subject} {clothes} {swing_and_travel} {place}",
     ),
     "reserved": (
-        "{subject} {clothes}, {stance}, {travelling} {place} and {lean}, {swing}",
-        "{lean}, {travelling} and {swinging}, {stance}, {place}: {subject} {clothes}",
+        "{subject} {clothes}, {stance}, {travelling_and_lean} {place}, {swing}",
+        "{lean}, {travelling_and_swinging}, {stance}, {place}: {subject} {clothes}",
     ),
 }
 
@@ -154,20 +154,22 @@ def fine_caption(
         rest = f"{said['limb'] or 'a limb'} {said['amplitude']} {said['tempo']}"
         swing, swinging = (f"{form} {rest}" for form in _pick(rng, verbs))
     travel, travelling = said["travel"] or ("", "")
+    parts = {
+        "swing": swing,
+        "travel": travel,
+        "travel_and_swing": _both(travel, swing),
+        "swing_and_travel": _both(swing, travel),
+        "while_swinging": f"while {swinging}" if swinging else "",
+        "travelling_and_lean": _both(travelling, said["lean"]),
+        "travelling_and_swinging": _both(travelling, swinging),
+    }
     plan = _pick(rng, PLANS[plans])
-    return _tidy(
-        plan.format(
-            subject=_pick(rng, SUBJECTS),
-            clothes=clothes,
-            place=place,
-            swing=swing,
-            swinging=swinging,
-            travel=travel,
-            travelling=travelling,
-            lean=said["lean"],
-            stance=said["stance"],
-        )  # fmt: skip
-    )
+    subject = _pick(rng, SUBJECTS)
+    return _tidy(plan.format(**(said | parts), subject=subject, clothes=clothes, place=place))
+
+
+def _both(first: str, second: str) -> str:
+    return " and ".join(part for part in (first, second) if part)
 
 
 def canonical_caption(action: Action) -> str:
@@ -235,9 +237,6 @@ def _flat(tree) -> list[str]:
 def _tidy(sentence: str) -> str:
     """Close the gaps that dropped parts leave."""
     sentence = re.sub(r"\s+", " ", sentence)
-    sentence = re.sub(r"(\s*,)+", ",", sentence)
-    sentence = re.sub(r"\b(while|and)\s*(?=,|:|$)", "", sentence)
-    sentence = re.sub(r",\s*and\b", " and", sentence)
-    sentence = re.sub(r"\s+([,:])", r"\1", sentence)
-    sentence = re.sub(r"[,\s]*,\s*:", ":", sentence)
-    return re.sub(r"\s+", " ", sentence).strip(" ,:")
+    sentence = re.sub(r"\s*,[\s,]*", ", ", sentence)
+    sentence = re.sub(r"[\s,]*:\s*", ": ", sentence)
+    return sentence.strip(" ,:")

@@ -43,7 +43,10 @@ class LatentClips:
         return (self.actions == torch.tensor(action.indices(), dtype=torch.uint8)).all(1).nonzero().flatten()
 
     def save(self, path: Path) -> None:
-        torch.save({"latents": self.latents, "actions": self.actions, "looks": self.looks}, path)
+        """Write whole or not at all."""
+        partial = path.with_suffix(".partial")
+        torch.save({"latents": self.latents, "actions": self.actions, "looks": self.looks}, partial)
+        partial.replace(path)
 
     @classmethod
     def load(cls, *paths: Path) -> "LatentClips":

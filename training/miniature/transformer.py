@@ -102,7 +102,7 @@ def train(
             velocity(wrapped, states.to(clean.device)),
             clean,
             torch.randn_like(clean),
-            flow.random_times(batch),
+            flow.random_times(batch).to(clean.device),
         )
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(wrapped.parameters(), 1.0)

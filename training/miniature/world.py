@@ -82,14 +82,20 @@ def all_actions() -> list[Action]:
 
 
 def split_actions(held_out: int, seed: int) -> tuple[list[Action], list[Action]]:
-    """Split `all_actions()` into (training, held-out); every factor value occurs in both parts."""
+    """Split `all_actions()` into (training, held-out); every factor value occurs in both parts.
+
+    Raises ValueError where so few are asked for on one side that not every value can occur there.
+    """
     actions = all_actions()
+    fewest = 4 * max(len(values) for values in FACTORS.values())  # enough for a random draw to succeed soon
+    if not fewest <= held_out <= len(actions) - fewest:
+        raise ValueError(f"held_out = {held_out}: expected {fewest} to {len(actions) - fewest} actions.")
     rng = np.random.default_rng(seed)
     while True:
         order = rng.permutation(len(actions))
-        test = [actions[i] for i in order[:held_out]]
-        if all({getattr(a, name) for a in test} == set(values) for name, values in FACTORS.items()):
-            return [actions[i] for i in order[held_out:]], test
+        parts = [actions[i] for i in order[held_out:]], [actions[i] for i in order[:held_out]]
+        if all({getattr(a, name) for a in part} == set(FACTORS[name]) for part in parts for name in FACTORS):
+            return parts
 
 
 def random_look(rng: np.random.Generator) -> Look:
