@@ -3,7 +3,9 @@
 import json
 import math
 import os
+import shutil
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -88,7 +90,8 @@ class Run:
         """The table on standard error; returns the figures. Uses the run's LoRAs, else the shipped ones."""
         started = time.time()
         torch.set_num_threads(os.cpu_count() or 1)
-        network = load_hypernetwork(hypernetwork or miniature.HYPERNETWORK)
+        own = self.folder / "hypernetwork.safetensors"
+        network = load_hypernetwork(hypernetwork or (own if own.exists() else miniature.HYPERNETWORK))
         found = evaluate(
             network, self.data, self.config.evaluation, self._dataset("training"), self._dataset("held_out"),
             evaluator_module.load(), self._say_row,
@@ -97,6 +100,20 @@ class Run:
         found = _rounded(found | {"seconds": time.time() - started})
         (self.folder / "evaluation.json").write_text(json.dumps(found, indent=1) + "\n")
         return found
+
+    def ship(self) -> None:
+        """Make this run's hypernetwork, LoRAs and figures the embedded ones."""
+        evaluation = self.folder / "evaluation.json"
+        if not evaluation.exists():
+            raise ValueError(
+                f"{self.folder}: no evaluation.json. Run `evaluate` first; nothing ships unmeasured."
+            )
+        figures = json.loads(miniature.FIGURES.read_text())
+        figures["hypernetwork"] = json.loads(evaluation.read_text()) | {"config": asdict(self.config)}
+        for name in ("training", "held_out"):
+            self._dataset(name).save(SHIPPED / f"loras_{name}.safetensors")
+        shutil.copyfile(self.folder / "hypernetwork.safetensors", miniature.HYPERNETWORK)
+        miniature.FIGURES.write_text(json.dumps(figures, indent=1) + "\n")
 
     def _train_loras(self, name: str, actions: list, clips: list) -> None:
         settings = self.config.lora

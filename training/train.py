@@ -5,7 +5,9 @@
     python training/train.py {loras,stage1,stage2} --config ...
         one part, from what the run's folder holds
     python training/train.py evaluate --config ...
-        held-out figures; the last line is one JSON object
+        held-out figures of the run's hypernetwork, else of the embedded one; the last line is JSON
+    python training/train.py ship --config ...
+        make the run's hypernetwork, LoRAs and figures the embedded ones
     torchrun --nproc-per-node 2 training/train.py all --config ...
         data parallel, on CPU cores or GPUs
 
@@ -33,12 +35,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=["all", "loras", "stage1", "stage2", "evaluate"])
+    parser.add_argument("command", choices=["all", "loras", "stage1", "stage2", "evaluate", "ship"])
     parser.add_argument(
         "--config", type=Path, required=True, help="a TOML file, such as training/configs/miniature.toml"
     )
     parser.add_argument(
-        "--hypernetwork", type=Path, help="evaluate this file (default: the base folder's own)"
+        "--hypernetwork", type=Path, help="evaluate this file (default: the run's, else the embedded one)"
     )
     chosen = parser.parse_args()
     console = Console(stderr=True, highlight=False)

@@ -33,9 +33,9 @@ SEED = 0
 HELD_OUT = DataConfig().held_out_tasks
 # (frames, steps, clips or frames a process, learning rate, KL weight): single frames first, then clips, as
 # WAN was trained.
-VAE_PHASES = ((1, 2000, 16, 3e-3, 2e-5), (9, 2000, 2, 2e-3, 1e-4), (17, 600, 1, 5e-4, 1e-4))
+VAE_PHASES = ((1, 1500, 16, 3e-3, 2e-5), (9, 1400, 2, 3e-3, 1e-4), (9, 800, 2, 2e-3, 1e-4))
 TEXT_STEPS = 1000
-BASE_STEPS, BASE_BATCH, BASE_DIM, BASE_LAYERS = 16_000, 16, 96, 4
+BASE_STEPS, BASE_BATCH, BASE_DIM, BASE_LAYERS = 9_000, 16, 96, 4
 CLIPS_PER_ACTION = 12
 EVALUATOR_STEPS, EVALUATOR_CLIPS, EVALUATOR_DECODED = 900, 4000, 1500
 
