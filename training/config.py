@@ -10,7 +10,7 @@ from typing import Any, get_args, get_origin
 class DataConfig:
     """The tasks. Only the miniature's world makes its own data so far."""
 
-    clips_per_task: int = 12
+    clips_per_task: int = 24
     held_out_tasks: int = 32
     lora_tasks: int = 96  # training tasks that get a LoRA of their own
     seed: int = 0
@@ -73,7 +73,7 @@ class Stage2Config:
 class EvaluationConfig:
     """Held-out measures."""
 
-    clips_per_task: int = 8
+    clips_per_task: int = 6
     sampling_steps: int = 16
     shift: float = 3.0
     seed: int = 1234

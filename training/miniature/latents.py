@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 
-from ..backbones import to_unit
+from ..backbones import from_unit, to_unit
 from . import vae as vae_module
 from . import world
 
@@ -52,6 +52,13 @@ class LatentClips:
     def load(cls, *paths: Path) -> "LatentClips":
         parts = [torch.load(path, weights_only=True) for path in paths]
         return cls(*(torch.cat([part[key] for part in parts]) for key in ("latents", "actions", "looks")))
+
+
+@torch.no_grad()
+def decode_clips(decoder: vae_module.WholeClipVAE, latents: torch.Tensor) -> np.ndarray:
+    """Unit latents [N, 16, 5, 8, 8] -> uint8 clips [N, T, H, W, 3]."""
+    parts = latents.float().split(2)  # more at once leave the processor's caches and take longer a clip
+    return np.concatenate([vae_module.to_clips(decoder.decode(from_unit(z, decoder.model))) for z in parts])
 
 
 @torch.no_grad()

@@ -23,11 +23,11 @@ from lofa_core import miniature
 from lofa_core.key_names import wan_to_original
 from lofa_core.key_names_vae import vae_to_original
 
-from ..backbones import from_unit, load_vae
+from ..backbones import load_vae, to_unit
 from ..config import DataConfig
 from . import evaluator as evaluator_module
 from . import text_encoder, tokenizer_json, transformer, vae, world
-from .latents import LatentClips, encode_clips
+from .latents import LatentClips, decode_clips, encode_clips
 
 SEED = 0
 HELD_OUT = DataConfig().held_out_tasks
@@ -36,8 +36,8 @@ HELD_OUT = DataConfig().held_out_tasks
 VAE_PHASES = ((1, 1500, 16, 3e-3, 2e-5), (9, 1400, 2, 3e-3, 1e-4), (9, 800, 2, 2e-3, 1e-4))
 TEXT_STEPS = 1000
 BASE_STEPS, BASE_BATCH, BASE_DIM, BASE_LAYERS = 9_000, 16, 96, 4
-CLIPS_PER_ACTION = 12
-EVALUATOR_STEPS, EVALUATOR_CLIPS, EVALUATOR_DECODED = 900, 4000, 1500
+CLIPS_PER_ACTION = 24
+EVALUATOR_STEPS, EVALUATOR_CLIPS, EVALUATOR_DECODED = 800, 4000, 800
 
 console = Console(stderr=True)
 
@@ -129,16 +129,11 @@ def make_evaluator(out: Path, work: Path) -> None:
     the VAE.
     """
     actions, held_out = world.split_actions(HELD_OUT, SEED)
-    decoder, statistics = vae.WholeClipVAE(load_vae(out)), load_vae(out)
+    decoder = vae.WholeClipVAE(load_vae(out))
     drawn = _drawn(actions, EVALUATOR_CLIPS, np.random.default_rng(SEED + 3))
     known = LatentClips.load(work / "latents.pt")
     picks = torch.from_numpy(np.random.default_rng(SEED + 5).permutation(len(known))[:EVALUATOR_DECODED])
-    with torch.no_grad():
-        decoded = [
-            vae.to_clips(decoder.decode(from_unit(part.float(), statistics)))
-            for part in known.latents[picks].split(16)
-        ]
-    clips = np.concatenate([drawn[0], *decoded])
+    clips = np.concatenate([drawn[0], decode_clips(decoder, known.latents[picks])])
     labels = np.concatenate([drawn[1], known.actions[picks].numpy()])
     model = evaluator_module.train(clips, labels, EVALUATOR_STEPS, seed=SEED, report=_reporter("evaluator"))
     evaluator_module.save(model, evaluator_module.SHIPPED)
@@ -146,8 +141,10 @@ def make_evaluator(out: Path, work: Path) -> None:
     clips, labels = _drawn(held_out, 512, np.random.default_rng(SEED + 4))
     figures = {"held_out_joint": float((model.read(clips)[0] == labels).all(1).mean())}
     with torch.no_grad():
-        rebuilt = [decoder.decode(decoder.encode(part)) for part in vae.to_video(clips[:128]).split(16)]
-    read = model.read(vae.to_clips(torch.cat(rebuilt)))[0]
+        latents = [
+            to_unit(decoder.encode(part), decoder.model) for part in vae.to_video(clips[:128]).split(4)
+        ]
+    read = model.read(decode_clips(decoder, torch.cat(latents)))[0]
     figures["held_out_joint_through_vae"] = float((read == labels[:128]).all(1).mean())
     _record(out, "evaluator", {key: round(value, 4) for key, value in figures.items()})
 

@@ -1,0 +1,102 @@
+"""What LoFA is compared with must be right: each baseline against a slow reference."""
+
+import numpy as np
+import pytest
+import torch
+from tiny import generator
+
+from training.baselines.simple import mean_lora, nearest_lora, ridge_lora
+
+SIZES = (3, 2, 2)
+STRENGTHS = (0.01, 1.0, 30.0)
+
+
+def dataset(noise, tasks=9, seed=0):
+    """(A, B, known factors, wanted factors); A and B are sums of one term a factor value, plus noise."""
+    draw = generator(seed)
+    rows = torch.cartesian_prod(*(torch.arange(size) for size in SIZES))
+    order = torch.randperm(len(rows), generator=draw)
+    known, wanted = rows[order[:tasks]], rows[order[tasks:]]
+    terms = [torch.randn(size, 40, generator=draw) for size in SIZES]
+
+    def exact(indices):
+        return 0.3 + sum(term[indices[:, i]] for i, term in enumerate(terms))
+
+    values = exact(known) + noise * torch.randn(len(known), 40, generator=draw)
+    return *split(values), known, wanted, split(exact(wanted))
+
+
+def split(values):
+    return values[:, :24].view(-1, 2, 3, 4), values[:, 24:].reshape(-1, 2, 8, 1)[:, :, :, :1]
+
+
+def flat(A, B):
+    return torch.cat([A.flatten(1), B.flatten(1)], 1).double().numpy()
+
+
+def one_hot(rows):
+    return np.array(
+        [[float(row[i] == v) for i, size in enumerate(SIZES) for v in range(size)] for row in rows.tolist()]
+    )
+
+
+def fit(X, Y, strength):
+    """Ridge with an unpenalised constant, as least squares with extra rows; returns a predictor."""
+    x, y = X.mean(0), Y.mean(0)
+    rows = np.vstack([X - x, np.sqrt(strength) * np.eye(X.shape[1])])
+    weights = np.linalg.lstsq(rows, np.vstack([Y - y, np.zeros((X.shape[1], Y.shape[1]))]), rcond=None)[0]
+    return lambda new: (new - x) @ weights + y
+
+
+def left_out_error(X, Y, strength):
+    """The mean squared error at each task of a fit that never saw it."""
+    errors = []
+    for i in range(len(X)):
+        others = [j for j in range(len(X)) if j != i]
+        errors.append((fit(X[others], Y[others], strength)(X[i]) - Y[i]) ** 2)
+    return np.mean(errors)
+
+
+@pytest.mark.parametrize("noise", [0.01, 1.0, 6.0])
+def test_ridge_takes_the_strength_that_really_leaving_one_out_finds_best(noise):
+    A, B, known, wanted, _ = dataset(noise)
+    X, Y = one_hot(known), flat(A, B)
+    errors = [left_out_error(X, Y, strength) for strength in STRENGTHS]
+    best = STRENGTHS[int(np.argmin(errors))]
+    assert best == {0.01: 0.01, 1.0: 1.0, 6.0: 30.0}[noise]  # each of them is best somewhere here
+    found = flat(*ridge_lora(A, B, known, wanted, STRENGTHS))
+    assert np.allclose(found, fit(X, Y, best)(one_hot(wanted)), atol=1e-3)
+
+
+def test_ridge_extends_sums_of_factors_to_combinations_never_seen():
+    A, B, known, wanted, (true_A, true_B) = dataset(0.0)
+    found_A, found_B = ridge_lora(A, B, known, wanted, (1e-3,))
+    assert found_A.shape == true_A.shape and found_B.shape == true_B.shape
+    assert torch.allclose(found_A, true_A, atol=0.05) and torch.allclose(found_B, true_B, atol=0.05)
+
+
+def test_ridge_takes_a_factor_value_that_only_the_wanted_tasks_have():
+    A, B, known, wanted, _ = dataset(0.1)
+    new = torch.cat([wanted, torch.tensor([[5, 0, 0]])])
+    found = ridge_lora(A, B, known, new)
+    assert len(found[0]) == len(new) and all(torch.isfinite(part).all() for part in found)
+
+
+def test_the_mean_lora_is_one_and_the_same_for_all():
+    A, B, *_ = dataset(1.0)
+    found_A, found_B = mean_lora(A, B, 5)
+    assert found_A.shape == (5, 2, 3, 4) and found_B.shape == (5, 2, 8, 1)
+    for row in range(5):
+        assert torch.allclose(found_A[row], sum(A) / 9, atol=1e-6)
+        assert torch.allclose(found_B[row], sum(B) / 9, atol=1e-6)
+
+
+def test_the_nearest_lora_agrees_in_most_factors():
+    A, B, known, wanted, _ = dataset(1.0)
+    wanted = torch.cat([wanted, known[4:5]])
+    found_A, found_B = nearest_lora(A, B, known, wanted)
+    for row, factors in enumerate(wanted.tolist()):
+        agreement = [sum(a == b for a, b in zip(factors, other, strict=True)) for other in known.tolist()]
+        used = [i for i in range(9) if torch.equal(found_A[row], A[i]) and torch.equal(found_B[row], B[i])]
+        assert len(used) == 1 and agreement[used[0]] == max(agreement)
+    assert torch.equal(found_A[-1], A[4])

@@ -1,0 +1,108 @@
+"""The training configuration: the shipped file, and what is refused in a user's own."""
+
+import dataclasses
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from training import train
+from training.config import EvaluationConfig, LoRAConfig, Stage1Config, TrainingConfig, load_config
+
+SHIPPED = Path(__file__).parents[1] / "training" / "configs" / "miniature.toml"
+LEAST = 'base = "miniature"\nout = "runs/x"\n'
+
+
+def load(tmp_path, text):
+    path = tmp_path / "run.toml"
+    path.write_text(text, encoding="utf-8")
+    return load_config(path)
+
+
+def tables():
+    """(table name or "", its dataclass) of the whole configuration."""
+    yield "", TrainingConfig
+    yield from (
+        (f.name, f.type) for f in dataclasses.fields(TrainingConfig) if dataclasses.is_dataclass(f.type)
+    )
+
+
+def test_the_shipped_configuration_loads_into_frozen_dataclasses():
+    config = load_config(SHIPPED)
+    assert config.base == "miniature" and isinstance(config.lora, LoRAConfig)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.lora.rank = 8
+
+
+def test_the_shipped_configuration_writes_out_every_key():
+    every = {
+        (table, field.name)
+        for table, kind in tables()
+        for field in dataclasses.fields(kind)
+        if not dataclasses.is_dataclass(field.type)
+    }
+    assert {(table, key) for table, key, _ in assignments()} == every
+
+
+def assignments():
+    """(table, key, line) of the shipped file."""
+    table = ""
+    for line in SHIPPED.read_text(encoding="utf-8").splitlines():
+        if line.startswith("["):
+            table = line.split("]")[0].strip("[")
+        elif found := re.match(r"(\w+) = ", line):
+            yield table, found[1], line
+
+
+def test_what_is_left_out_takes_its_default(tmp_path):
+    assert load(tmp_path, LEAST) == TrainingConfig("miniature", "runs/x")
+    config = load(tmp_path, LEAST + "[stage1]\nsteps = 3\n")
+    assert config.stage1 == Stage1Config(steps=3) and config.evaluation == EvaluationConfig()
+
+
+def test_whole_numbers_stand_for_floats_and_lists_become_tuples(tmp_path):
+    config = load(tmp_path, LEAST + "[lora]\nlearning_rate = 1\n[network]\nfeature_blocks = [1]\n")
+    assert config.lora.learning_rate == 1.0 and isinstance(config.lora.learning_rate, float)
+    assert config.network.feature_blocks == (1,)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        (LEAST + "sed = 1\n", "unknown key 'sed'. Known here: base, out, data"),
+        (LEAST + "[lora]\nrnak = 4\n", "[lora]: unknown key 'rnak'. Known here: rank"),
+        (LEAST + "[stage3]\nsteps = 1\n", "unknown key 'stage3'"),
+        (LEAST + "lora = 4\n", "[lora] must be a table, not 4"),
+        (LEAST + '[lora]\nrank = "4"\n', "[lora]: rank must be int, not '4'"),
+        (LEAST + "[lora]\nrank = 4.0\n", "[lora]: rank must be int, not 4.0"),
+        (LEAST + "[lora]\nrank = true\n", "[lora]: rank must be int, not True"),
+        (LEAST + "[lora]\nlearning_rate = true\n", "[lora]: learning_rate must be float, not True"),
+        (LEAST + '[lora]\nlearning_rate = "fast"\n', "[lora]: learning_rate must be float, not 'fast'"),
+        (LEAST + "[network]\nfeature_blocks = 2\n", "[network]: feature_blocks must be a list, not 2"),
+        (LEAST + "[network]\nfeature_blocks = [0, 1.5]\n", "[network]: feature_blocks must be int, not 1.5"),
+        ('base = 3\nout = "x"\n', "base must be str, not 3"),
+        ('base = "miniature"\n', "missing out"),
+        ('out = "x"\n', "missing base"),
+        ("", "missing base, out"),
+        ("base = \n", "not valid TOML"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_file_and_table(tmp_path, text, named):
+    with pytest.raises(ValueError) as error:
+        load(tmp_path, text)
+    assert named in str(error.value) and "run.toml" in str(error.value)
+
+
+@pytest.mark.parametrize("text", [None, LEAST + "[lora]\nrnak = 4\n", 'base = "wan"\nout = "{out}"\n'])
+def test_the_command_line_says_what_is_wrong_and_returns_two(tmp_path, monkeypatch, capsys, text):
+    path = tmp_path / "run.toml"
+    if text is not None:
+        path.write_text(text.replace("{out}", (tmp_path / "out").as_posix()))
+    monkeypatch.setattr(sys, "argv", ["train.py", "loras", "--config", str(path)])
+    assert train.main() == 2
+    said = capsys.readouterr()
+    wanted = (
+        "run.toml" if text is None else "[lora]: unknown key 'rnak'" if "rnak" in text else 'base = "wan"'
+    )
+    assert wanted in said.err and "Traceback" not in said.err and said.out == ""

@@ -1,0 +1,158 @@
+"""A whole run in a few seconds: LoRAs, Stage I, Stage II on the shipped base, three steps each."""
+
+import functools
+import io
+import json
+
+import pytest
+import torch
+from rich.console import Console
+from tiny import generator
+
+from lofa_core import miniature
+from lofa_core.base_models import BaseWeights
+from lofa_core.checkpoint import load_hypernetwork
+from lofa_core.prediction import predict
+from training import loop
+from training.config import DataConfig, LoRAConfig, NetworkConfig, Stage1Config, Stage2Config, TrainingConfig
+from training.loop import Run
+from training.lora_dataset import LoRADataset
+from training.miniature import world
+from training.miniature.latents import LatentClips
+from training.miniature.tasks import MiniatureTasks
+
+
+def config(folder, **changes):
+    parts = {
+        "data": DataConfig(clips_per_task=1, held_out_tasks=20, lora_tasks=2),
+        "lora": LoRAConfig(rank=2, steps=3, batch=1, tasks_at_once=10),
+        "network": NetworkConfig(
+            patch=48, width=16, heads=2, blocks=2, mlp_ratio=1, pooling_queries=2, feature_blocks=(1,)
+        ),
+        "stage1": Stage1Config(steps=3, tasks=2, layers=4),
+        "stage2": Stage2Config(steps=3, tasks=2, clips=1),
+    }
+    return TrainingConfig("miniature", str(folder), **(parts | changes))
+
+
+def new_run(folder, **changes):
+    """A run whose training clips are noise, so that 460 of them need not be drawn and encoded."""
+    folder.mkdir(exist_ok=True)
+    actions, _ = world.split_actions(20, 0)
+    labels = torch.tensor([action.indices() for action in actions], dtype=torch.uint8)
+    noise = torch.randn(len(actions), 16, 5, 8, 8, generator=generator(0)).half()
+    LatentClips(noise, labels, torch.zeros(len(actions), 3, dtype=torch.uint8)).save(folder / "latents.pt")
+    return Run(config(folder, **changes), Console(file=io.StringIO(), width=200))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    run = new_run(tmp_path_factory.mktemp("run"))
+    run.data.held_out_clips = functools.cache(run.data.held_out_clips)
+    for part in (run.loras, run.stage1, run.stage2):
+        part()
+    return run
+
+
+def test_loras_are_trained_for_every_held_out_action_and_spread_over_the_training_ones(finished):
+    training, held_out = world.split_actions(20, 0)
+    parts = sorted((finished.folder / "loras_held_out").iterdir())
+    assert [path.name for path in parts] == ["0000.safetensors", "0001.safetensors"]
+    assert [action for path in parts for action in LoRADataset.load(path).actions] == held_out
+    known = finished._dataset("training")
+    assert known.actions == [training[0], training[230]] and known.A.shape == (2, 32, 2, 96)
+    assert known.B.abs().amax(dim=(2, 3)).min() > 0
+    assert not set(known.actions) & set(held_out)
+
+
+def test_what_is_written_is_a_hypernetwork_for_the_base(finished):
+    assert {"stage1.safetensors", "stage2.pt", "hypernetwork.safetensors"} <= {
+        p.name for p in finished.folder.iterdir()
+    }
+    network = load_hypernetwork(finished.folder / "hypernetwork.safetensors")
+    stage1 = load_hypernetwork(finished.folder / "stage1.safetensors")
+    for key, value in stage1.stage1.state_dict().items():
+        assert torch.allclose(network.stage1.state_dict()[key], value, atol=1e-3, rtol=1e-2)
+    known = finished._dataset("training")
+    assert torch.allclose(stage1.statistics.A_mean, known.A.mean(0), atol=1e-5)
+    assert network.config.rank == 2 and network.config.feature_blocks == (1,)
+    base = BaseWeights.open(miniature.FOLDER)
+    assert network.base.fingerprint == base.fingerprint()
+    found = predict(network, base, finished.data.conditions(["a person jumps up"]))
+    assert len(found.lora) == 32 and all(torch.isfinite(found.lora.delta(name)).all() for name in found.lora)
+
+
+def test_loras_resume_after_the_last_batch_done(finished, monkeypatch):
+    trained = []
+
+    def counted(model, layers, clips, *rest, **kwargs):
+        trained.append(len(clips))
+        return real(model, layers, clips, *rest, **kwargs)
+
+    real = loop.train_loras
+    monkeypatch.setattr(loop, "train_loras", counted)
+    finished.loras()
+    assert trained == []
+    lost = finished.folder / "loras_held_out" / "0001.safetensors"
+    before = LoRADataset.load(lost)
+    lost.unlink()
+    again = Run(finished.config, finished.console)  # as after an interruption
+    again.data.held_out_clips = finished.data.held_out_clips
+    again.loras()
+    after = LoRADataset.load(lost)
+    assert trained == [10] and after.actions == before.actions
+    assert torch.allclose(after.A, before.A, atol=1e-3) and torch.allclose(after.B, before.B, atol=1e-3)
+
+
+def test_parts_that_come_too_early_say_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "SHIPPED", tmp_path / "nothing_shipped")
+    run = new_run(tmp_path / "run")
+    for part in (run.stage1, run.stage2):
+        with pytest.raises(ValueError, match="no LoRAs here yet. Run `loras`"):
+            part()
+    monkeypatch.setattr(run, "_dataset", lambda name: LoRADataset(torch.zeros(0), torch.zeros(0), []))
+    with pytest.raises(FileNotFoundError, match=r"stage1\.safetensors"):
+        run.stage2()
+
+
+def test_another_base_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match='base = "WAN2.1-T2V-1.3B"'):
+        Run(TrainingConfig("WAN2.1-T2V-1.3B", str(tmp_path / "run")), Console(file=io.StringIO()))
+    assert not list(tmp_path.iterdir())
+
+
+def test_evaluation_says_its_table_and_keeps_its_figures(finished, monkeypatch):
+    given = {}
+    row = {"joint": 0.123456, "mean_accuracy": 0.5, "frechet": 3.25, "diversity": 0.1}
+    figures = {
+        "rows": {"base": row | {"flow_matching": 0.5}, "real clips": row},
+        "frechet_gap_closed": 0.612345,
+        "beaten": ["base"],
+    }
+
+    def measured(network, data, settings, known, wanted, evaluator, report):
+        given.update(network=network, known=known, wanted=wanted, evaluator=evaluator)
+        return figures
+
+    monkeypatch.setattr(loop, "evaluate", measured)
+    monkeypatch.setattr(loop.evaluator_module, "load", lambda: "the evaluator")
+    found = finished.evaluate(finished.folder / "hypernetwork.safetensors")
+    assert given["network"].config.rank == 2 and given["evaluator"] == "the evaluator"
+    assert given["wanted"].actions == finished.data.held_out and len(given["known"].actions) == 2
+    assert (
+        found["frechet_gap_closed"] == 0.6123
+        and found["rows"]["base"]["joint"] == 0.1235
+        and found["seconds"] > 0
+    )
+    assert json.loads((finished.folder / "evaluation.json").read_text()) == found
+    assert "real clips" in finished.console.file.getvalue()
+    torch.set_num_threads(1)
+
+
+def test_held_out_clips_come_from_seeds_of_their_own(finished):
+    data = MiniatureTasks(finished.config.data, finished.folder)
+    data.held_out = data.held_out[:2]
+    first, again, other = (data.held_out_clips(2, offset) for offset in (1, 1, 2))
+    assert [first.action(i) for i in range(4)] == [action for action in data.held_out for _ in range(2)]
+    assert torch.equal(first.latents, again.latents) and not torch.equal(first.latents, other.latents)
+    assert first.latents.dtype == torch.float16 and 0.3 < first.latents.float().std() < 3.0

@@ -1,0 +1,71 @@
+"""Small parts that several tests share: a hypernetwork and a base model of a few kilobytes, all random."""
+
+import torch
+
+from lofa_core.base_models import WAN_KINDS
+from lofa_core.descriptions import BaseDescription, ConditionDescription, HypernetworkConfig, LayerDescription
+from lofa_core.hypernetwork import Hypernetwork
+
+SIDE, WORDS_WIDE = 16, 6  # a weight's side, a condition's width
+CONFIG = HypernetworkConfig(
+    condition_width=WORDS_WIDE,
+    out_features=SIDE,
+    in_features=SIDE,
+    rank=3,
+    patch=8,
+    width=16,
+    heads=2,
+    blocks=2,
+    mlp_ratio=2,
+    pooling_queries=3,
+    feature_blocks=(1,),
+)
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def describe(depths=2, shape=(SIDE, SIDE), name="WAN2.1 miniature", fingerprint=""):
+    layers = tuple(
+        LayerDescription(f"blocks.{depth}.{kind}", depth, kind, shape)
+        for depth in range(depths)
+        for kind in WAN_KINDS
+    )
+    return BaseDescription(name, layers, fingerprint)
+
+
+def network(seed=0, config=CONFIG, base=None, randomised=True):
+    """A hypernetwork over 2 x 8 layers. `randomised`: nothing in it is zero, so all of it is heard."""
+    base = base or describe(shape=(config.out_features, config.in_features))
+    torch.manual_seed(seed)
+    net = Hypernetwork(
+        config, base, ConditionDescription("text", config.condition_width, ("a", "person"), "a person")
+    )
+    if randomised:
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.add_(0.15 * torch.randn_like(parameter))
+            statistics = net.statistics
+            statistics.A_mean.normal_()
+            statistics.B_mean.normal_(std=0.1)
+            statistics.A_scale.uniform_(0.5, 2.0)
+            statistics.B_scale.uniform_(0.1, 0.3)
+            statistics.delta_log_deviation.uniform_(-4.0, -2.0)
+    return net.eval()
+
+
+def condition(count=1, tokens=5, seed=0, width=WORDS_WIDE):
+    return torch.randn(count, tokens, width, generator=generator(seed))
+
+
+def weights(layers=16, out=SIDE, into=SIDE, seed=1):
+    """[layers, out, in], each layer with a spread of its own."""
+    spread = torch.linspace(0.02, 0.5, layers).view(-1, 1, 1)
+    return torch.randn(layers, out, into, generator=generator(seed)) * spread
+
+
+def base_tensors(depths=2, side=SIDE, seed=1):
+    """A WAN state dict under original names with the target weights alone."""
+    names = [f"blocks.{depth}.{kind}.weight" for depth in range(depths) for kind in WAN_KINDS]
+    return dict(zip(names, weights(len(names), side, side, seed).unbind(), strict=True))

@@ -1,0 +1,106 @@
+"""A stand-in for the miniature's tasks: a few actions, random clips, one block, words as random rows."""
+
+import zlib
+from types import SimpleNamespace
+
+import torch
+from tiny import CONFIG, describe, generator, network
+
+from lofa_core.base_models import BaseWeights
+from training.backbones import fold_padding, use_folded_padding
+from training.miniature import transformer
+
+DIM, RANK, TEXT = 48, 2, 64
+
+
+class Act(str):
+    """An action of two factors of two values."""
+
+    def indices(self):
+        return WORDS.index(self) // 2 % 2, WORDS.index(self) % 2
+
+
+WORDS = ["wave", "jump", "bow", "turn", "nod", "step", "kneel", "point", "lean", "hop", "sit", "stand"]
+ACTIONS = [Act(word) for word in WORDS[:4]]
+HELD_OUT = [Act(word) for word in WORDS[4:]]
+
+
+def tiny_model(seed=0, blocks=1):
+    """A WAN transformer whose output listens to every layer (an untrained one's gates are nearly closed)."""
+    torch.manual_seed(seed)
+    model = transformer.build(DIM, blocks).requires_grad_(False).eval()
+    with torch.no_grad():
+        model.proj_out.weight.normal_(std=0.2)
+        for block in model.blocks:
+            block.scale_shift_table.normal_(std=0.7)
+    use_folded_padding(model)
+    return model
+
+
+def sized_network(seed=0, randomised=True):
+    """A hypernetwork for `tiny_model`."""
+    sizes = {"condition_width": TEXT, "out_features": DIM, "in_features": DIM, "rank": RANK, "patch": 24}
+    config = type(CONFIG)(**{**vars(CONFIG), **sizes})
+    return network(seed, config, describe(depths=1, shape=(DIM, DIM)), randomised)
+
+
+def loras(count, seed=5, size=0.2):
+    """A [count, 8, r, in], B [count, 8, out, r]."""
+    draw = generator(seed)
+    A = 0.2 * torch.randn(1, 8, RANK, DIM, generator=draw) + 0.1 * torch.randn(
+        count, 8, RANK, DIM, generator=draw
+    )
+    return A, size * torch.randn(count, 8, DIM, RANK, generator=draw)
+
+
+class Tasks:
+    """The part of MiniatureTasks that stages and evaluation use."""
+
+    coarse_prompt = "a person moves"
+    base = None
+
+    def __init__(self, training=tuple(ACTIONS), held_out=(), clips=2, seed=0):
+        self.training, self.held_out = list(training), list(held_out)
+        self.clips_by_action = {
+            action: torch.arange(clips) + clips * row for row, action in enumerate(self.training)
+        }
+        self.clips = SimpleNamespace(latents=self._latents(len(self.training) * clips, seed))
+        self.model = tiny_model()
+        self.weights = BaseWeights.from_tensors(self.model.state_dict())
+
+    @staticmethod
+    def _latents(count, seed):
+        return torch.randn(count, 16, 2, 4, 4, generator=generator(seed)).half()
+
+    def load_model(self):
+        return self.model
+
+    def stacked_weights(self):
+        return torch.stack([self.weights.read(layer) for layer in self.weights.model.layers])
+
+    def sentence(self, action, rng):
+        return f"someone can {action}"
+
+    plain_sentence = sentence
+
+    def reserved_sentence(self, action, rng):
+        return f"please {action} now"
+
+    def prompts(self, sentences):
+        rows = [
+            torch.stack(
+                [torch.randn(TEXT, generator=generator(zlib.crc32(w.encode()))) for w in s.split() + ["</s>"]]
+            )
+            for s in sentences
+        ]
+        return fold_padding(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True))
+
+    def conditions(self, sentences):
+        return self.prompts(sentences)[:, :-1]
+
+    def coarse(self):
+        return self.prompts([self.coarse_prompt])
+
+    def held_out_clips(self, each, offset=0):
+        actions = torch.tensor([action.indices() for action in self.held_out]).repeat_interleave(each, 0)
+        return SimpleNamespace(latents=self._latents(len(actions), 100 + offset), actions=actions)
