@@ -68,6 +68,16 @@ def test_ridge_takes_the_strength_that_really_leaving_one_out_finds_best(noise):
     assert np.allclose(found, fit(X, Y, best)(one_hot(wanted)), atol=1e-3)
 
 
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_its_leave_one_out_errors_are_exact_enough_to_choose_among_near_strengths(seed):
+    A, B, known, wanted, _ = dataset(1.0, tasks=7, seed=seed)
+    X, Y, near = one_hot(known), flat(A, B), np.geomspace(0.05, 20.0, 60).tolist()
+    best = near[int(np.argmin([left_out_error(X, Y, strength) for strength in near]))]
+    assert near[0] < best < near[-1]
+    found = flat(*ridge_lora(A, B, known, wanted, near))
+    assert np.allclose(found, fit(X, Y, best)(one_hot(wanted)), atol=1e-3)
+
+
 def test_ridge_extends_sums_of_factors_to_combinations_never_seen():
     A, B, known, wanted, (true_A, true_B) = dataset(0.0)
     found_A, found_B = ridge_lora(A, B, known, wanted, (1e-3,))

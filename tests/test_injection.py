@@ -113,6 +113,8 @@ def test_the_model_is_itself_again_afterwards_also_after_an_error(model):
         pass
     with pytest.raises(KeyError), injected(modules, A, B):
         raise KeyError
+    with pytest.raises(KeyError), injected(modules, A, dict(list(B.items())[:-1])):
+        pass
     assert torch.allclose(run(model, given), before, atol=1e-6)
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
 

@@ -1,4 +1,4 @@
-"""The miniature's VAE: one pass over a clip is diffusers' chunked pass, its statistics are WAN's, it trains."""
+"""The miniature's VAE: one pass over a clip is diffusers' chunked pass, with WAN's statistics; it trains."""
 
 import copy
 import math
@@ -9,7 +9,9 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample
 from tiny import generator
 
+from training.backbones import from_unit
 from training.miniature import vae, world
+from training.miniature.latents import decode_clips
 
 
 def random_vae(seed=0):
@@ -102,6 +104,33 @@ def test_clips_become_video_and_back():
     )
     assert x[1, 2, 3, 4, 5].item() == pytest.approx(clips[1, 3, 4, 5, 2] / 127.5 - 1.0)
     assert (vae.to_clips(x) == clips).all() and (vae.to_clips(3.0 * x) != clips).any()
+
+
+def test_the_reconstruction_loss_counts_moving_pixels_four_times():
+    clip = video(4, 6)
+    clip[:, :, 1:, :3] = clip[:, :, :1, :3]  # the upper half stands still
+    clip[:, :, 1:, 0, 0] += 0.05  # below what counts as moving
+    rebuilt = clip + 0.2 * torch.randn(clip.shape, generator=generator(2))
+    total = 0.0
+    for t, y, x in [(t, y, x) for t in range(4) for y in range(6) for x in range(6)]:
+        pixel, course = clip[0, :, t, y, x], clip[0, :, :, y, x]
+        moves = any(abs(pixel[c] - sum(course[c]) / 4) > 0.1 for c in range(3))
+        for c in range(3):
+            error = (rebuilt[0, c, t, y, x] - pixel[c]).item()
+            total += (4.0 * error**2 + 0.25 * abs(error)) * (4.0 if moves else 1.0)
+    found = vae.reconstruction_loss(rebuilt, clip).item()
+    assert found == pytest.approx(total / clip.numel(), rel=1e-4)
+    assert vae.reconstruction_loss(clip, clip) == 0.0
+
+
+@torch.no_grad()
+def test_unit_latents_become_clips_in_order():
+    model = random_vae()
+    latents = torch.randn(5, 16, 2, 2, 2, generator=generator(0))
+    found = decode_clips(vae.WholeClipVAE(copy.deepcopy(model)), latents.half())
+    wanted = vae.to_clips(model.decode(from_unit(latents.half().float(), model)).sample)
+    assert found.shape == (5, 5, 16, 16, 3) and found.dtype == np.uint8
+    assert np.abs(found.astype(int) - wanted).max() <= 1 and len({clip.tobytes() for clip in found}) == 5
 
 
 def test_psnr_is_the_mean_over_clips_in_decibels():

@@ -194,7 +194,7 @@ def test_stage_two_losses_of_the_first_step_are_those_of_the_equations(tmp_path,
     clean = data.clips.latents.float()
     noise, times = torch.randn_like(clean), flow.random_times(1)
     x = flow.noised(clean, noise, times)
-    sentence, coarse = data.prompts(["someone can wave"]), data.coarse()
+    sentence, coarse = data.prompts(["a person can wave"]), data.coarse()
     said = velocity_with(data, first.A[0], first.B[0], x, times, sentence if fine else coarse)
     nothing = torch.zeros_like(A[0]), torch.zeros_like(B[0])
     teacher = (

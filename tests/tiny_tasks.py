@@ -22,7 +22,7 @@ class Act(str):
 
 WORDS = ["wave", "jump", "bow", "turn", "nod", "step", "kneel", "point", "lean", "hop", "sit", "stand"]
 ACTIONS = [Act(word) for word in WORDS[:4]]
-HELD_OUT = [Act(word) for word in WORDS[4:]]
+HELD_OUT = [Act(word) for word in WORDS[4:11]]  # seven: the judge takes four at once
 
 
 def tiny_model(seed=0, blocks=1):
@@ -81,7 +81,8 @@ class Tasks:
     def sentence(self, action, rng):
         return f"someone can {action}"
 
-    plain_sentence = sentence
+    def plain_sentence(self, action, rng):
+        return f"a person can {action}"
 
     def reserved_sentence(self, action, rng):
         return f"please {action} now"

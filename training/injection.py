@@ -29,8 +29,10 @@ def injected(
     A[name] is [K, r, in] and B[name] [K, out, r] for K tasks; the model's batch must then be K equal parts,
     one a task.
     """
-    handles = [modules[name].register_forward_hook(_hook(A[name], B[name])) for name in A]
+    handles = []
     try:
+        for name in A:
+            handles.append(modules[name].register_forward_hook(_hook(A[name], B[name])))
         yield
     finally:
         for handle in handles:

@@ -144,7 +144,8 @@ def train_stage2(
         clean = data.clips.latents[picks].float().to(device)
         noise, times = torch.randn_like(clean), flow.random_times(len(clean)).to(device)
         x = flow.noised(clean, noise, times)
-        fine = data.prompts([data.sentence(action, rng) for action in tasks]).to(device)
+        # The action alone: clothes that the clip does not show would be noise in the teacher's answer.
+        fine = data.prompts([data.plain_sentence(action, rng) for action in tasks]).to(device)
         fine = fine.repeat_interleave(settings.clips, 0)
         text = fine if rng.random() < settings.fine_prompts else coarse.expand(len(clean), -1, -1)
 

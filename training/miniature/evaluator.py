@@ -15,13 +15,12 @@ SHIPPED = Path(__file__).with_suffix(".safetensors")
 
 
 class Evaluator(nn.Module):
-    """uint8 clips [B, T, H, W, 3] -> features [B, FEATURES] -> logits per factor."""
+    """Clips at half size, with what moves as channels of its own -> features [B, FEATURES] -> logits per factor."""
 
     def __init__(self):
         super().__init__()
         self.frame = nn.Sequential(
-            nn.Conv2d(3, 16, 5, 2, 2), nn.BatchNorm2d(16), nn.ReLU(),
-            nn.Conv2d(16, 32, 3, 2, 1), nn.BatchNorm2d(32), nn.ReLU(),
+            nn.Conv2d(6, 32, 5, 2, 2), nn.BatchNorm2d(32), nn.ReLU(),
             nn.Conv2d(32, 48, 3, 2, 1), nn.BatchNorm2d(48), nn.ReLU(),
         )  # fmt: skip
         self.squeeze = nn.Linear(48 * 64, 96)  # places matter: left and right are factors
@@ -31,22 +30,24 @@ class Evaluator(nn.Module):
         self.features = nn.Linear(96 * world.FRAMES, FEATURES)
         self.heads = nn.ModuleList([nn.Linear(FEATURES, len(values)) for values in world.FACTORS.values()])
 
-    def embed(self, clips: torch.Tensor) -> torch.Tensor:
-        """[B, FEATURES]."""
-        frames = clips.float().flatten(0, 1).permute(0, 3, 1, 2) / 127.5 - 1.0
-        seen = F.relu(self.squeeze(self.frame(frames).flatten(1))).unflatten(0, (len(clips), -1))
+    def embed(self, frames: torch.Tensor) -> torch.Tensor:
+        """Features [B, FEATURES] of frames [B, T, 3, 32, 32] in -1..1."""
+        both = torch.cat([frames, 2.0 * (frames - frames.mean(1, keepdim=True))], 2)
+        seen = F.relu(self.squeeze(self.frame(both.flatten(0, 1)).flatten(1))).unflatten(0, (len(frames), -1))
+        seen = F.dropout(seen, 0.1, self.training)
         return torch.tanh(self.features(self.motion(seen.transpose(1, 2)).flatten(1)))
 
-    def forward(self, clips: torch.Tensor) -> list[torch.Tensor]:
-        features = self.embed(clips)
+    def forward(self, frames: torch.Tensor) -> list[torch.Tensor]:
+        """Logits per factor of frames [B, T, 3, 32, 32] in -1..1."""
+        features = self.embed(frames)
         return [head(features) for head in self.heads]
 
     @torch.no_grad()
     def read(self, clips: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Factor indices [B, 6] and features [B, FEATURES]."""
         indices, features = [], []
-        for part in torch.from_numpy(clips).split(64):
-            embedded = self.embed(part)
+        for part in torch.from_numpy(halved(clips)).split(64):
+            embedded = self.embed(_to_frames(part))
             features.append(embedded)
             indices.append(torch.stack([head(embedded).argmax(-1) for head in self.heads], 1))
         return torch.cat(indices).numpy(), torch.cat(features).double().numpy()
@@ -57,19 +58,22 @@ def train(
     labels: np.ndarray,
     steps: int,
     *,
-    batch: int = 48,
+    batch: int = 64,
     seed: int = 0,
     report=lambda s, f: None,
 ):
-    """Train on uint8 clips [N, T, H, W, 3] with labels [N, 6], blurred, recoloured and noised at random."""
+    """Train on half-size uint8 clips [N, T, 32, 32, 3] with labels [N, 6]; mirrored, blurred, recoloured and noised at
+    random."""
     torch.manual_seed(seed)
     model = Evaluator()
     optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps, pct_start=0.1)
     for step in range(steps):
         picks = torch.randint(len(clips), (batch,))
-        shown = _roughen(torch.from_numpy(clips[picks.numpy()]))
+        shown = _roughen(_to_frames(torch.from_numpy(clips[picks.numpy()])))
         wanted = torch.from_numpy(labels[picks.numpy()]).long()
+        if step % 2:
+            shown, wanted = shown.flip(-1), _MIRRORED[torch.arange(len(world.FACTORS)), wanted]
         logits = model(shown)
         loss = sum(F.cross_entropy(row, wanted[:, i]) for i, row in enumerate(logits)) / len(logits)
         optimiser.zero_grad()
@@ -87,19 +91,43 @@ def train(
     return model.eval()
 
 
-def _roughen(clips: torch.Tensor) -> torch.Tensor:
-    """What a VAE and a small diffusion model do to a clip: softer, off in colour, noisy."""
-    x = clips.float().permute(0, 1, 4, 2, 3)
-    size = x.shape
-    x = x.flatten(0, 1)
-    if torch.rand(()) < 0.6:
-        x = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
-    if torch.rand(()) < 0.3:
-        x = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear", align_corners=False)
-    x = x.view(size)
-    x = x * (1.0 + 0.2 * torch.randn(size[0], 1, 3, 1, 1)) + 12.0 * torch.randn(size[0], 1, 3, 1, 1)
-    x = x + 12.0 * torch.rand(()) * torch.randn(size)
-    return x.permute(0, 1, 3, 4, 2).clamp(0, 255)
+def halved(clips: np.ndarray) -> np.ndarray:
+    """uint8 [B, T, 64, 64, 3] -> uint8 [B, T, 32, 32, 3]; every factor is plain at half the size."""
+    count, frames, height, width, _ = clips.shape
+    blocks = clips.reshape(count, frames, height // 2, 2, width // 2, 2, 3)
+    return np.stack([clip.mean(axis=(2, 4)).round().astype(np.uint8) for clip in blocks])
+
+
+def _to_frames(clips: torch.Tensor) -> torch.Tensor:
+    """uint8 [B, T, H, W, 3] -> float [B, T, 3, H, W] in -1..1."""
+    return clips.permute(0, 1, 4, 2, 3).float() / 127.5 - 1.0
+
+
+def _mirrored_labels() -> torch.Tensor:
+    """[factors, most values]: the index a value has in the mirrored clip."""
+    swap = {"left": "right", "right": "left"}
+    table = torch.zeros(
+        len(world.FACTORS), max(len(values) for values in world.FACTORS.values()), dtype=torch.long
+    )
+    for row, values in enumerate(world.FACTORS.values()):
+        for index, value in enumerate(values):
+            side, _, rest = value.partition("_")
+            mirrored = swap.get(side, side) + ("_" + rest if rest else "")
+            table[row, index] = values.index(mirrored)
+    return table
+
+
+_MIRRORED = _mirrored_labels()
+
+
+def _roughen(frames: torch.Tensor) -> torch.Tensor:
+    """What a VAE and a small diffusion model do to frames [B, T, 3, 32, 32]: soft, off in colour, noisy."""
+    size = len(frames)
+    if torch.rand(()) < 0.5:
+        soft = F.avg_pool2d(F.pad(frames.flatten(0, 1), (1, 1, 1, 1), mode="replicate"), 3, 1).view_as(frames)
+        frames = frames + 0.7 * torch.rand(size, 1, 1, 1, 1) * (soft - frames)
+    gain, offset = 1.0 + 0.15 * torch.randn(size, 1, 3, 1, 1), 0.1 * torch.randn(size, 1, 3, 1, 1)
+    return frames * gain + offset + 0.08 * torch.rand(size, 1, 1, 1, 1) * torch.randn_like(frames)
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:

@@ -23,7 +23,7 @@ from lofa_core import miniature
 from lofa_core.key_names import wan_to_original
 from lofa_core.key_names_vae import vae_to_original
 
-from ..backbones import load_vae, to_unit
+from ..backbones import load_transformer, load_vae, to_unit
 from ..config import DataConfig
 from . import evaluator as evaluator_module
 from . import text_encoder, tokenizer_json, transformer, vae, world
@@ -37,7 +37,7 @@ VAE_PHASES = ((1, 1500, 16, 3e-3, 2e-5), (9, 1400, 2, 3e-3, 1e-4), (9, 800, 2, 2
 TEXT_STEPS = 1000
 BASE_STEPS, BASE_BATCH, BASE_DIM, BASE_LAYERS = 9_000, 16, 96, 4
 CLIPS_PER_ACTION = 24
-EVALUATOR_STEPS, EVALUATOR_CLIPS, EVALUATOR_DECODED = 800, 4000, 800
+EVALUATOR_STEPS, EVALUATOR_CLIPS, EVALUATOR_DECODED = 1600, 12_000, 300
 
 console = Console(stderr=True)
 
@@ -97,16 +97,18 @@ def export_text(model, pieces: bytes, out: Path) -> None:
     tokenizer_json.write(pieces, folder)
 
 
-def make_base(out: Path, work: Path) -> None:
+def make_base(out: Path, work: Path, steps: int, go_on: bool) -> None:
     """Encode the training clips, train the transformer, write it under original WAN names."""
     actions, _ = world.split_actions(HELD_OUT, SEED)
     latents = work / "latents.pt"
     if not latents.exists():
         encode_clips(load_vae(out), actions, CLIPS_PER_ACTION, SEED).save(latents)
     checkpoint = work / "transformer.pt"
+    start = load_transformer(out).state_dict() if go_on else None
     transformer.train(
-        LatentClips.load(latents), transformer.load_prompt_encoder(out), BASE_STEPS, checkpoint, dim=BASE_DIM,
-        layers=BASE_LAYERS, batch=BASE_BATCH, seed=SEED, report=_reporter("base"),
+        LatentClips.load(latents), transformer.load_prompt_encoder(out), steps, checkpoint, dim=BASE_DIM,
+        layers=BASE_LAYERS, batch=BASE_BATCH, start_from=start, seed=SEED + go_on,
+        report=_reporter("base"),
     )  # fmt: skip
     export_base(checkpoint, out)
 
@@ -130,10 +132,15 @@ def make_evaluator(out: Path, work: Path) -> None:
     """
     actions, held_out = world.split_actions(HELD_OUT, SEED)
     decoder = vae.WholeClipVAE(load_vae(out))
-    drawn = _drawn(actions, EVALUATOR_CLIPS, np.random.default_rng(SEED + 3))
+    rng = np.random.default_rng(SEED + 3)
+    parts = (_drawn(actions, 500, rng) for _ in range(EVALUATOR_CLIPS // 500))  # halved as they come
+    drawn = [
+        np.concatenate(x) for x in zip(*((evaluator_module.halved(c), i) for c, i in parts), strict=True)
+    ]
     known = LatentClips.load(work / "latents.pt")
     picks = torch.from_numpy(np.random.default_rng(SEED + 5).permutation(len(known))[:EVALUATOR_DECODED])
-    clips = np.concatenate([drawn[0], decode_clips(decoder, known.latents[picks])])
+    decoded = evaluator_module.halved(decode_clips(decoder, known.latents[picks]))
+    clips = np.concatenate([drawn[0], decoded])
     labels = np.concatenate([drawn[1], known.actions[picks].numpy()])
     model = evaluator_module.train(clips, labels, EVALUATOR_STEPS, seed=SEED, report=_reporter("evaluator"))
     evaluator_module.save(model, evaluator_module.SHIPPED)
@@ -189,13 +196,15 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, default=Path("runs/miniature_base"), help="checkpoints and cached latents"
     )
+    parser.add_argument("--base-steps", type=int, default=BASE_STEPS, help="steps of the base model")
+    parser.add_argument("--go-on", action="store_true", help="train the base model of --out further")
     chosen = parser.parse_args()
     chosen.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # at this size one process a core beats threads
     steps = {
         "vae": lambda: make_vae(chosen.out, chosen.work),
         "text": lambda: make_text(chosen.out),
-        "base": lambda: make_base(chosen.out, chosen.work),
+        "base": lambda: make_base(chosen.out, chosen.work, chosen.base_steps, chosen.go_on),
         "evaluator": lambda: make_evaluator(chosen.out, chosen.work),
     }
     for part, make in steps.items():

@@ -6,6 +6,7 @@ brings none of them out: a LoRA then has to select an action, not to teach it, a
 """
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -78,15 +79,21 @@ def train(
     dim: int = 96,
     layers: int = 4,
     batch: int = 16,
+    start_from: Mapping[str, torch.Tensor] | None = None,
     seed: int = 0,
     learning_rate: float = 2e-3,
     ema_decay: float = 0.999,
     report=lambda step, figures: None,
 ) -> None:
-    """Train and write the averaged weights to `out` every 500 steps (`batch` is per process)."""
+    """Train, from random weights or a state dict, and write the averaged weights to `out` every 500 steps.
+
+    `batch` is per process.
+    """
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     torch.manual_seed(seed)
     model = build(dim, layers)
+    if start_from is not None:
+        model.load_state_dict(start_from)
     use_folded_padding(model)
     average = {key: value.detach().clone() for key, value in model.state_dict().items()}
     torch.manual_seed(seed * 1000 + accelerator.process_index)
