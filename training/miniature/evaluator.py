@@ -15,7 +15,7 @@ SHIPPED = Path(__file__).with_suffix(".safetensors")
 
 
 class Evaluator(nn.Module):
-    """Clips at half size, with what moves as channels of its own -> features [B, FEATURES] -> logits per factor."""
+    """Half-size clips, what moves in channels of its own -> features [B, FEATURES] -> logits per factor."""
 
     def __init__(self):
         super().__init__()
@@ -62,8 +62,7 @@ def train(
     seed: int = 0,
     report=lambda s, f: None,
 ):
-    """Train on half-size uint8 clips [N, T, 32, 32, 3] with labels [N, 6]; mirrored, blurred, recoloured and noised at
-    random."""
+    """Train on half-size uint8 clips [N, T, 32, 32, 3] with labels [N, 6]; mirrored, blurred, noised."""
     torch.manual_seed(seed)
     model = Evaluator()
     optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.02)
