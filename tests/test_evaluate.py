@@ -298,6 +298,36 @@ def test_the_evaluators_training_repeats_by_seed():
     clips = np.random.default_rng(0).integers(0, 256, (4, 17, 64, 64, 3), np.uint8)
     labels = np.zeros((4, 6), int)
     first, again, other = (
-        evaluator_module.train(clips, labels, 3, batch=2, seed=seed).features.weight for seed in (0, 0, 1)
+        evaluator_module.train(evaluator_module.halved(clips), labels, 3, batch=2, seed=seed).features.weight
+        for seed in (0, 0, 1)
     )
     assert torch.allclose(first, again, atol=1e-6) and not torch.allclose(first, other, atol=1e-3)
+
+
+def test_halving_is_the_mean_of_four_pixels():
+    clips = np.random.default_rng(1).integers(0, 256, (2, 17, 64, 64, 3), np.uint8)
+    small = evaluator_module.halved(clips)
+    assert small.shape == (2, 17, 32, 32, 3) and small.dtype == np.uint8
+    corner = clips[1, 5, 10:12, 20:22].astype(float).mean((0, 1))
+    assert np.allclose(small[1, 5, 5, 10], corner, atol=0.5)
+
+
+def test_a_mirrored_clip_has_left_and_right_exchanged_and_nothing_else():
+    table = evaluator_module._MIRRORED
+    for row, (name, values) in enumerate(world.FACTORS.items()):
+        for index, value in enumerate(values):
+            mirrored = values[table[row, index]]
+            if "left" in value or "right" in value:
+                assert mirrored == value.replace("left", "L").replace("right", "left").replace(
+                    "L", "right"
+                ), name
+            else:
+                assert mirrored == value, name
+
+
+def test_the_shipped_evaluator_reads_drawn_held_out_clips():
+    _, held_out = world.split_actions(32, 0)
+    rng = np.random.default_rng(17)
+    clips = np.stack([world.draw_clip(action, world.random_look(rng), rng) for action in held_out])
+    read, _ = evaluator_module.load().read(clips)
+    assert (read == [action.indices() for action in held_out]).all(1).mean() > 0.9
