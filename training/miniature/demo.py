@@ -68,13 +68,13 @@ def animation(before: np.ndarray, after: np.ndarray) -> list[Image.Image]:
 def readings(asked: dict[str, str], before: np.ndarray, after: np.ndarray) -> Table:
     """What the evaluator reads in each clip, beside what the sentence asked for."""
     judge = evaluator.load()
-    table = Table("", *world.FACTORS, "asked for, of those said")
+    table = Table("", *world.FACTORS, "as asked", padding=(0, 0))
     table.add_row("the sentence", *(asked.get(name, "-") for name in world.FACTORS), "")
-    for title, clips in (("base", before), ("personalised", after)):
+    for title, clips in (("base", before), ("LoRA", after)):
         for number, row in enumerate(judge.read(clips)[0], 1):
             values = [options[i] for options, i in zip(world.FACTORS.values(), row, strict=True)]
             right = sum(asked.get(name) == value for name, value in zip(world.FACTORS, values, strict=True))
-            table.add_row(f"{title} {number}", *values, f"{right} of {len(asked)}")
+            table.add_row(f"{title} {number}", *values, f"{right}/{len(asked)}")
     return table
 
 
