@@ -6,6 +6,7 @@ left unsaid). It is frozen afterwards; base model, LoRAs and hypernetwork see on
 """
 
 import io
+import os
 from dataclasses import astuple
 from pathlib import Path
 
@@ -34,12 +35,13 @@ def train_tokenizer(actions: list[world.Action], seed: int = 0, sentences: int =
     rng = np.random.default_rng(seed)
     corpus = (random_caption(actions, rng)[0] for _ in range(sentences))
     model = io.BytesIO()
-    rules = Path(__file__).with_name("lower_case.tsv")  # hexadecimal code points: from, to
+    # Relative, because the model file keeps the name. Lines are hexadecimal code points: from, to.
+    rules = os.path.relpath(Path(__file__).with_name("lower_case.tsv"))
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=corpus, model_writer=model, model_type="unigram", vocab_size=256,
         pad_id=PAD, eos_id=END, unk_id=UNKNOWN, bos_id=-1, pad_piece="<pad>", eos_piece="</s>",
         unk_piece="<unk>",
-        normalization_rule_tsv=str(rules), required_chars="abcdefghijklmnopqrstuvwxyz", num_threads=1,
+        normalization_rule_tsv=rules, required_chars="abcdefghijklmnopqrstuvwxyz", num_threads=1,
         hard_vocab_limit=False, minloglevel=2,
     )  # fmt: skip
     return model.getvalue()
