@@ -170,13 +170,6 @@ def test_the_text_encoder_reads_all_wordings_in_training_plans_with_labels_that_
                 assert not any(says(text, name, option) for option in options), (text, name)
 
 
-def test_the_canonical_caption_is_the_plainest_and_says_everything():
-    for action in world.all_actions():
-        said = said_factors(captions.canonical_caption(action))
-        assert said == dict(zip(FACTORS, astuple(action), strict=True))
-    assert len({captions.canonical_caption(action) for action in world.all_actions()}) == 480
-
-
 def test_captions_repeat_by_seed_and_vary():
     action, look = world.all_actions()[0], world.random_look(np.random.default_rng(0))
     texts = [fine_caption(action, look, np.random.default_rng(seed)) for seed in range(50)]

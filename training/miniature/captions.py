@@ -172,13 +172,6 @@ def _both(first: str, second: str) -> str:
     return " and ".join(part for part in (first, second) if part)
 
 
-def canonical_caption(action: Action) -> str:
-    """The plainest sentence for an action: first wording of each factor, first plan, no clothes or place."""
-    said = {name: WORDINGS[name][getattr(action, name)]["train"][0] for name in FACTORS}
-    swing = f"{SWING['train'][0][0]} {said['limb']} {said['amplitude']} {said['tempo']}"
-    return f"{SUBJECTS[0]} {swing}, {said['travel'][0]}, {said['lean']}, {said['stance']}"
-
-
 def says(sentence: str, factor: str, value: str) -> bool:
     """Whether `sentence`, made by `fine_caption`, words this value of a factor, "shirt", "trousers" or
     "backdrop".
