@@ -1,11 +1,14 @@
 """Captions: they say what they should, can be read back, read well, and keep the held-out wordings apart."""
 
+import copy
 import re
 from dataclasses import astuple
 
 import numpy as np
 import pytest
+import torch
 
+from lofa_core import miniature
 from training.miniature import captions, text_encoder, transformer, world
 from training.miniature.captions import COARSE, PLACES, SWING, WORDINGS, fine_caption, said_factors, says
 from training.miniature.world import BACKDROPS, COLOURS, FACTORS
@@ -181,3 +184,62 @@ def test_a_users_own_sentence_is_read_case_and_contradictions_apart():
     assert said_factors("A Person swings THE LEFT ARM widely") == {"limb": "left_arm", "amplitude": "wide"}
     assert said_factors("leaning left, leaning right, feet apart") == {"stance": "apart"}
     assert said_factors("someone is moving") == {} == said_factors("")
+
+
+def test_the_first_wordings_are_trainings_first():
+    action = world.Action("left_arm", "wide", "slow", "up", "right", "apart")
+    for seed in range(20):
+        sentence = fine_caption(action, None, np.random.default_rng(seed), wordings="first")
+        for name in ("limb", "amplitude", "tempo", "lean", "stance"):
+            assert has(sentence, WORDINGS[name][getattr(action, name)]["train"][0]), sentence
+        assert has(sentence, "swings") or has(sentence, "swinging")
+        assert has(sentence, "jumps up") or has(sentence, "jumping up")
+
+
+def test_the_set_distance_is_that_of_nearest_states_both_ways():
+    draw = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 4, 3, generator=draw), torch.randn(2, 5, 3, generator=draw)
+    a_mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool()
+    b_mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
+    one_way = [
+        min((a[n, i] - b[n, j]).square().sum().item() for j in range(5) if b_mask[n, j])
+        for n in range(2) for i in range(4) if a_mask[n, i]
+    ]  # fmt: skip
+    back = [
+        min((a[n, i] - b[n, j]).square().sum().item() for i in range(4) if a_mask[n, i])
+        for n in range(2) for j in range(5) if b_mask[n, j]
+    ]  # fmt: skip
+    wanted = sum(one_way) / len(one_way) + sum(back) / len(back)
+    assert text_encoder.set_distance(a, a_mask, b, b_mask).item() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_aligning_brings_reserved_words_to_trainings_and_holds_trainings_states():
+    prompts = transformer.load_prompt_encoder(miniature.FOLDER)
+    torch.manual_seed(0)
+    model = copy.deepcopy(prompts.encoder)
+    for table in model.get_input_embeddings().parameters():
+        table.data += 0.3 * table.data.std() * torch.randn_like(table)  # forget some of what was learned
+    reports = {}
+    text_encoder.align_paraphrases(
+        model, world.all_actions(), prompts.tokenizer, 40, batch=16, report=reports.__setitem__
+    )
+    assert reports[0]["change"] < 1e-6  # nothing moved before the first step
+    assert reports[39]["distance"] < 0.7 * reports[0]["distance"]
+    assert reports[39]["change"] < reports[39]["distance"]
+
+
+def test_the_shipped_encoder_knows_what_reserved_words_mean():
+    """A reserved caption's states lie nearer to the same action's plain caption than to another's."""
+    prompts, rng = transformer.load_prompt_encoder(miniature.FOLDER), np.random.default_rng(3)
+    actions = world.all_actions()
+    picks = [actions[i] for i in rng.permutation(480)[:40]]
+    plain = prompts.tokenizer([fine_caption(a, None, rng, wordings="first") for a in picks])
+    said = prompts.tokenizer([fine_caption(a, None, rng, wordings="reserved") for a in picks])
+    a, b = text_encoder.encode(prompts.encoder, said), text_encoder.encode(prompts.encoder, plain)
+
+    def distance(i, j):
+        pair = a[i : i + 1], said[i : i + 1] != 0, b[j : j + 1], plain[j : j + 1] != 0
+        return text_encoder.set_distance(*pair).item()
+
+    nearest = [min(range(40), key=lambda j, i=i: distance(i, j)) for i in range(40)]
+    assert sum(i == j for i, j in enumerate(nearest)) >= 36

@@ -36,6 +36,15 @@ def test_the_velocity_is_the_derivative_of_the_path():
     assert flow.loss(lambda x, t: step, clean, noise, times) < 1e-12
 
 
+def test_weights_scale_each_entry_of_a_latent():
+    clean, noise, times = draw()
+    weights = torch.rand(SHAPE[1:], generator=generator(5))
+    error = (0.3 - (noise - clean)).square()
+    by_hand = sum((weights * clip).sum() for clip in error) / error.numel()
+    found = flow.loss(lambda x, t: torch.full_like(x, 0.3), clean, noise, times, weights)
+    assert found.item() == pytest.approx(by_hand.item(), rel=1e-6)
+
+
 def test_the_loss_is_the_mean_squared_error_of_what_the_model_says_at_x_t():
     clean, noise, times = draw()
     asked = []

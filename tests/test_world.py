@@ -163,3 +163,14 @@ def test_latent_clips_know_their_actions_and_looks(tmp_path):
         7
     ) == look
     assert both.of(actions[1]).tolist() == [2, 3, 8, 9] and len(both.of(world.all_actions()[4])) == 0
+
+
+def test_action_weights_have_mean_one_and_are_larger_where_the_action_shows():
+    torch.manual_seed(0)
+    actions = torch.tensor([[i, 0, 0, 0, 0, 0] for i in (0, 1, 2, 3)], dtype=torch.uint8)
+    labels = actions.repeat_interleave(50, 0)[torch.randperm(200)]
+    latents = torch.randn(200, 2, 1, 2, 2)  # what clothes do
+    latents[:, 1, 0, 0, 1] += labels[:, 0] * 3.0  # what the action does
+    weights = LatentClips(latents.half(), labels, torch.zeros(200, 3, dtype=torch.uint8)).action_weights()
+    assert weights.shape == (2, 1, 2, 2) and weights.mean().item() == pytest.approx(1.0, abs=1e-5)
+    assert weights[1, 0, 0, 1] > 5.0 and weights.flatten().sort().values[-2] < 0.3

@@ -5,7 +5,6 @@ form).
 from collections.abc import Callable
 
 import torch
-from torch.nn import functional as F
 
 Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x_t, t in 0..1 [B]) -> v
 
@@ -21,9 +20,18 @@ def noised(clean: torch.Tensor, noise: torch.Tensor, times: torch.Tensor) -> tor
     return (1.0 - times) * clean + times * noise
 
 
-def loss(velocity: Velocity, clean: torch.Tensor, noise: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of the predicted velocity."""
-    return F.mse_loss(velocity(noised(clean, noise, times), times), noise - clean)
+def loss(
+    velocity: Velocity,
+    clean: torch.Tensor,
+    noise: torch.Tensor,
+    times: torch.Tensor,
+    weights: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Mean squared error of the predicted velocity, each entry of a latent times `weights` [C, T, H, W] if
+    given.
+    """
+    wrong = (velocity(noised(clean, noise, times), times) - (noise - clean)).pow(2)
+    return (wrong if weights is None else wrong * weights).mean()
 
 
 def shifted_times(steps: int, shift: float) -> torch.Tensor:

@@ -2,8 +2,8 @@
 
 Every factor value has several wordings. Those under "train" are what the base model, the LoRAs and the
 hypernetwork were trained with; those under "reserved", and the reserved sentence plans, occur in the held-out
-evaluation only. The text encoder alone has read the reserved words (as a real UMT5 has read the web), in
-training's sentence plans.
+evaluation only. The text encoder alone has read the reserved words, in training's sentence plans, and knows
+what they mean (as a real UMT5 has read the web).
 """
 
 import re
@@ -19,79 +19,144 @@ SUBJECTS = ("a person", "someone", "a figure")
 
 # (finite form, participle)
 SWING = {
-    "train": (("swings", "swinging"), ("waves", "waving"), ("moves", "moving"), ("raises", "raising")),
+    "train": (
+        ("swings", "swinging"),
+        ("waves", "waving"),
+        ("moves", "moving"),
+        ("raises", "raising"),
+        ("shakes", "shaking"),
+        ("rocks", "rocking"),
+        ("stretches", "stretching"),
+    ),
     "reserved": (("sways", "swaying"), ("lifts", "lifting")),
 }
 WORDINGS: dict[str, dict[str, dict[str, tuple]]] = {
     "limb": {
-        "left_arm": {
-            "train": ("the left arm", "their left arm", "the arm on the left"),
-            "reserved": ("the left hand",),
-        },
-        "right_arm": {
-            "train": ("the right arm", "their right arm", "the arm on the right"),
-            "reserved": ("the right hand",),
-        },
-        "left_leg": {
-            "train": ("the left leg", "their left leg", "the leg on the left"),
-            "reserved": ("the left foot",),
-        },
-        "right_leg": {
-            "train": ("the right leg", "their right leg", "the leg on the right"),
-            "reserved": ("the right foot",),
-        },
+        f"{side}_{limb}": {
+            "train": (
+                f"the {side} {limb}",
+                f"their {side} {limb}",
+                f"the {limb} on the {side}",
+                f"the {side} one of both {limb}s",
+                f"the {limb} at the {side} side",
+            ),
+            "reserved": (f"the {side} {end}",),
+        }
+        for limb, end in (("arm", "hand"), ("leg", "foot"))
+        for side in ("left", "right")
     },
     "amplitude": {
-        "small": {"train": ("a little", "slightly", "in a small arc"), "reserved": ("just a bit", "gently")},
-        "wide": {"train": ("widely", "far out", "in a big arc"), "reserved": ("all the way up", "high")},
+        "small": {
+            "train": ("a little", "slightly", "in a small arc", "in a narrow arc", "not far", "a short way"),
+            "reserved": ("just a bit", "gently"),
+        },
+        "wide": {
+            "train": (
+                "widely",
+                "far out",
+                "in a big arc",
+                "in a wide arc",
+                "as far as it goes",
+                "a long way",
+            ),
+            "reserved": ("all the way up", "high"),
+        },
     },
     "tempo": {
-        "slow": {"train": ("slowly", "once", "at a slow pace"), "reserved": ("calmly", "without hurry")},
-        "fast": {"train": ("quickly", "twice", "at a fast pace"), "reserved": ("rapidly", "in a hurry")},
+        "slow": {
+            "train": ("slowly", "once", "at a slow pace", "at low speed", "one time", "lazily"),
+            "reserved": ("calmly", "without hurry"),
+        },
+        "fast": {
+            "train": ("quickly", "twice", "at a fast pace", "at top speed", "two times", "briskly"),
+            "reserved": ("rapidly", "in a hurry"),
+        },
     },
     "travel": {
         "stay": {
-            "train": (("stays in place", "staying in place"), ("stands on the spot", "standing on the spot")),
+            "train": (
+                ("stays in place", "staying in place"),
+                ("stands on the spot", "standing on the spot"),
+                ("goes nowhere", "going nowhere"),
+                ("keeps to one spot", "keeping to one spot"),
+            ),
             "reserved": (("remains here", "remaining here"),),
         },
-        "left": {
-            "train": (("moves to the left", "moving to the left"), ("slides left", "sliding left")),
-            "reserved": (("travels towards the left side", "travelling towards the left side"),),
-        },
-        "right": {
-            "train": (("moves to the right", "moving to the right"), ("slides right", "sliding right")),
-            "reserved": (("travels towards the right side", "travelling towards the right side"),),
+        **{
+            side: {
+                "train": (
+                    (f"moves to the {side}", f"moving to the {side}"),
+                    (f"slides {side}", f"sliding {side}"),
+                    (f"walks {side}", f"walking {side}"),
+                    (f"goes over to the {side}", f"going over to the {side}"),
+                ),
+                "reserved": ((f"travels towards the {side} side", f"travelling towards the {side} side"),),
+            }
+            for side in ("left", "right")
         },
         "up": {
-            "train": (("jumps up", "jumping up"), ("leaps into the air", "leaping into the air")),
+            "train": (
+                ("jumps up", "jumping up"),
+                ("leaps into the air", "leaping into the air"),
+                ("springs upwards", "springing upwards"),
+                ("makes a jump", "making a jump"),
+            ),
             "reserved": (("hops off the ground", "hopping off the ground"),),
         },
         "down": {
-            "train": (("squats down", "squatting down"), ("sinks into a crouch", "sinking into a crouch")),
+            "train": (
+                ("squats down", "squatting down"),
+                ("sinks into a crouch", "sinking into a crouch"),
+                ("bends the knees", "bending the knees"),
+                ("goes down to the floor", "going down to the floor"),
+            ),
             "reserved": (("ducks low", "ducking low"),),
         },
     },
     "lean": {
-        "left": {
-            "train": ("leaning left", "tilted to the left", "with the body bent left"),
-            "reserved": ("inclined leftwards",),
+        **{
+            side: {
+                "train": (
+                    f"leaning {side}",
+                    f"tilted to the {side}",
+                    f"with the body bent {side}",
+                    f"slanted to the {side}",
+                    f"tipping over {side}",
+                ),
+                "reserved": (f"inclined {side}wards",),
+            }
+            for side in ("left", "right")
         },
         "upright": {
-            "train": ("upright", "standing straight", "with a straight back"),
+            "train": (
+                "upright",
+                "standing straight",
+                "with a straight back",
+                "not leaning",
+                "with the body straight",
+            ),
             "reserved": ("held vertical",),
-        },
-        "right": {
-            "train": ("leaning right", "tilted to the right", "with the body bent right"),
-            "reserved": ("inclined rightwards",),
         },
     },
     "stance": {
         "together": {
-            "train": ("feet together", "with the feet close", "legs closed"),
+            "train": (
+                "feet together",
+                "with the feet close",
+                "legs closed",
+                "feet side by side",
+                "in a narrow stance",
+            ),
             "reserved": ("with heels touching",),
         },
         "apart": {
-            "train": ("feet apart", "in a wide stance", "legs spread"),
+            "train": (
+                "feet apart",
+                "in a wide stance",
+                "legs spread",
+                "feet far from each other",
+                "in a broad stance",
+            ),
             "reserved": ("with feet planted wide",),
         },
     },
@@ -132,8 +197,9 @@ def fine_caption(
 ) -> str:
     """A sentence for `action`; each factor, the clothes and the place are kept with probability `keep`.
 
-    `wordings` is "train", "reserved" or "both" (an even choice for each part); `look` None leaves clothes and
-    place out. With every factor dropped the sentence is a coarse one.
+    `wordings` is "train", "reserved", "both" (an even choice for each part) or "first" (the first of
+    training's wordings); `look` None leaves clothes and place out. With every factor dropped the sentence is
+    a coarse one.
     """
     kept = {field.name: rng.random() < keep for field in fields(Action)}
     said = {
@@ -150,7 +216,7 @@ def fine_caption(
 
     swing, swinging = "", ""
     if kept["limb"] or kept["amplitude"] or kept["tempo"]:
-        verbs = SWING["train"] + SWING["reserved"] if wordings == "both" else SWING[wordings]
+        verbs = _worded(SWING, wordings)
         rest = f"{said['limb'] or 'a limb'} {said['amplitude']} {said['tempo']}"
         swing, swinging = (f"{form} {rest}" for form in _pick(rng, verbs))
     travel, travelling = said["travel"] or ("", "")
@@ -212,8 +278,13 @@ def known_words() -> tuple[str, ...]:
 
 
 def _phrases(name: str, value: str, wordings: str) -> tuple:
-    table = WORDINGS[name][value]
-    return table["train"] + table["reserved"] if wordings == "both" else table[wordings]
+    return _worded(WORDINGS[name][value], wordings)
+
+
+def _worded(table: dict[str, tuple], wordings: str) -> tuple:
+    if wordings == "both":
+        return table["train"] + table["reserved"]
+    return table["train"][:1] if wordings == "first" else table[wordings]
 
 
 def _pick(rng: np.random.Generator, options):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from diffusers import FlowMatchEulerDiscreteScheduler
 from rich.console import Console
 from safetensors.torch import save_file
@@ -28,14 +29,15 @@ from ..config import DataConfig
 from . import evaluator as evaluator_module
 from . import text_encoder, tokenizer_json, transformer, vae, world
 from .latents import LatentClips, decode_clips, encode_clips
+from .transformer import load_prompt_encoder
 
 SEED = 0
 HELD_OUT = DataConfig().held_out_tasks
 # (frames, steps, clips or frames a process, learning rate, KL weight): single frames first, then clips, as
 # WAN was trained.
 VAE_PHASES = ((1, 1500, 16, 3e-3, 2e-5), (9, 1400, 2, 3e-3, 1e-4), (9, 800, 2, 2e-3, 1e-4))
-TEXT_STEPS = 1000
-BASE_STEPS, BASE_BATCH, BASE_DIM, BASE_LAYERS = 9_000, 16, 96, 4
+TEXT_STEPS, ALIGNMENT_STEPS = 1000, 1000
+BASE_STEPS, BASE_BATCH, BASE_DIM, BASE_LAYERS = 20_000, 16, 96, 4
 CLIPS_PER_ACTION = 24
 EVALUATOR_STEPS, EVALUATOR_CLIPS, EVALUATOR_DECODED = 800, 8_000, 200
 
@@ -52,7 +54,9 @@ def make_vae(out: Path, work: Path) -> None:
             actions, steps, checkpoint, frames=frames, batch=batch, start_from=previous, seed=SEED + number,
             learning_rate=rate, kl_weight=kl, report=_reporter("vae"),
         )  # fmt: skip
-    export_vae(checkpoint, out)
+        PartialState().wait_for_everyone()  # the main process writes what the next phase reads
+    if PartialState().is_main_process:
+        export_vae(checkpoint, out)
 
 
 def export_vae(checkpoint: Path, out: Path, fold: bool = True) -> None:
@@ -80,12 +84,25 @@ def export_vae(checkpoint: Path, out: Path, fold: bool = True) -> None:
     _record(out, "vae", {"held_out_psnr_db": round(float(np.mean(quality)), 2), "clips": 64})
 
 
-def make_text(out: Path) -> None:
-    """Train tokenizer and encoder, write both as transformers and ComfyUI read them."""
+def make_text(out: Path, go_on: bool) -> None:
+    """Train tokenizer and encoder, write both as transformers and ComfyUI read them. `go_on` keeps the
+    tokenizer of `out` and trains its encoder further.
+    """
     actions, _ = world.split_actions(HELD_OUT, SEED)
-    pieces = text_encoder.train_tokenizer(actions, SEED)
+    known = load_prompt_encoder(out) if go_on else None
+    pieces = (
+        known.tokenizer.pieces.serialized_model_proto()
+        if known
+        else text_encoder.train_tokenizer(actions, SEED)
+    )
     tokenizer = text_encoder.Tokenizer(pieces)
-    model = text_encoder.train(actions, tokenizer, TEXT_STEPS, seed=SEED, report=_reporter("text"))
+    model = text_encoder.train(
+        actions, tokenizer, TEXT_STEPS, seed=SEED + go_on, start_from=known.encoder if known else None,
+        report=_reporter("text"),
+    )  # fmt: skip
+    text_encoder.align_paraphrases(
+        model, actions, tokenizer, ALIGNMENT_STEPS, seed=SEED, report=_reporter("text")
+    )
     export_text(model, pieces, out)
 
 
@@ -97,20 +114,23 @@ def export_text(model, pieces: bytes, out: Path) -> None:
     tokenizer_json.write(pieces, folder)
 
 
-def make_base(out: Path, work: Path, steps: int, go_on: bool) -> None:
+def make_base(out: Path, work: Path, steps: int, go_on: bool, compiled: bool) -> None:
     """Encode the training clips, train the transformer, write it under original WAN names."""
     actions, _ = world.split_actions(HELD_OUT, SEED)
     latents = work / "latents.pt"
-    if not latents.exists():
-        encode_clips(load_vae(out), actions, CLIPS_PER_ACTION, SEED).save(latents)
+    with PartialState().main_process_first():
+        if not latents.exists():
+            encode_clips(load_vae(out), actions, CLIPS_PER_ACTION, SEED).save(latents)
     checkpoint = work / "transformer.pt"
     start = load_transformer(out).state_dict() if go_on else None
     transformer.train(
-        LatentClips.load(latents), transformer.load_prompt_encoder(out), steps, checkpoint, dim=BASE_DIM,
-        layers=BASE_LAYERS, batch=BASE_BATCH, start_from=start, seed=SEED + go_on,
+        LatentClips.load(latents), load_prompt_encoder(out), steps, checkpoint, dim=BASE_DIM,
+        layers=BASE_LAYERS, batch=BASE_BATCH, start_from=start, seed=SEED + go_on, compiled=compiled,
         report=_reporter("base"),
     )  # fmt: skip
-    export_base(checkpoint, out)
+    PartialState().wait_for_everyone()
+    if PartialState().is_main_process:
+        export_base(checkpoint, out)
 
 
 def export_base(checkpoint: Path, out: Path) -> None:
@@ -197,19 +217,28 @@ def main() -> None:
         "--work", type=Path, default=Path("runs/miniature_base"), help="checkpoints and cached latents"
     )
     parser.add_argument("--base-steps", type=int, default=BASE_STEPS, help="steps of the base model")
-    parser.add_argument("--go-on", action="store_true", help="train the base model of --out further")
+    parser.add_argument(
+        "--go-on", action="store_true", help="train text encoder and base model of --out further"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the base model's training step (needs a C++ compiler)"
+    )
     chosen = parser.parse_args()
     chosen.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # at this size one process a core beats threads
     steps = {
         "vae": lambda: make_vae(chosen.out, chosen.work),
-        "text": lambda: make_text(chosen.out),
-        "base": lambda: make_base(chosen.out, chosen.work, chosen.base_steps, chosen.go_on),
+        "text": lambda: make_text(chosen.out, chosen.go_on),
+        "base": lambda: make_base(chosen.out, chosen.work, chosen.base_steps, chosen.go_on, chosen.compile),
         "evaluator": lambda: make_evaluator(chosen.out, chosen.work),
     }
+    state = PartialState(cpu=not torch.cuda.is_available())
     for part, make in steps.items():
         if chosen.part in ("all", part):
-            make()
+            if part in ("vae", "base") or state.is_main_process:
+                make()
+            state.wait_for_everyone()
+    state.destroy_process_group()
 
 
 if __name__ == "__main__":

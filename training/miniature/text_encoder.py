@@ -5,6 +5,7 @@ It learns to fill in masked tokens and to hold, in its states, what each factor'
 left unsaid). It is frozen afterwards; base model, LoRAs and hypernetwork see only its states.
 """
 
+import copy
 import io
 import os
 from dataclasses import astuple
@@ -48,15 +49,13 @@ def train_tokenizer(actions: list[world.Action], seed: int = 0, sentences: int =
 
 
 def random_caption(
-    actions: list[world.Action], rng: np.random.Generator
+    actions: list[world.Action], rng: np.random.Generator, wordings: str = "both"
 ) -> tuple[str, world.Action, world.Look | None]:
-    """A caption with random parts dropped, in training's sentence plans and in all wordings, and what it
-    describes.
-    """
+    """A caption with random parts dropped, in training's sentence plans, and what it describes."""
     action = actions[int(rng.integers(len(actions)))]
     look = world.random_look(rng) if rng.random() < 0.7 else None
     keep = 1.0 if rng.random() < 0.5 else float(rng.random())
-    return captions.fine_caption(action, look, rng, wordings="both", keep=keep), action, look
+    return captions.fine_caption(action, look, rng, wordings=wordings, keep=keep), action, look
 
 
 class Tokenizer:
@@ -85,8 +84,7 @@ def build(vocabulary: int) -> UMT5EncoderModel:
 @torch.no_grad()
 def encode(model: UMT5EncoderModel, tokens: torch.Tensor) -> torch.Tensor:
     """States [B, S, WIDTH] with zero rows after each prompt's end, as WAN's pipeline makes them."""
-    mask = tokens != PAD
-    return model(input_ids=tokens, attention_mask=mask.long()).last_hidden_state * mask.unsqueeze(-1)
+    return _states(model, tokens)
 
 
 class _ReadOut(nn.Module):
@@ -111,12 +109,15 @@ def train(
     batch: int = 64,
     seed: int = 0,
     learning_rate: float = 2e-3,
+    start_from: UMT5EncoderModel | None = None,
     report=lambda step, figures: None,
 ) -> UMT5EncoderModel:
-    """Masked-token and factor read-out training; loss: cross-entropy of both."""
+    """Masked-token and factor read-out training, from random weights or in place; loss: cross-entropy of
+    both.
+    """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    model = build(tokenizer.pieces.get_piece_size())
+    model = start_from or build(tokenizer.pieces.get_piece_size())
     read_out = _ReadOut()
     fill_in = nn.Linear(WIDTH, model.config.vocab_size)
     parameters = [*model.parameters(), *read_out.parameters(), *fill_in.parameters()]
@@ -149,6 +150,74 @@ def train(
         if step % 200 == 0 and step:
             report(step, {"loss": loss.item(), "read_out": right.item()})
     return model.eval()
+
+
+def align_paraphrases(
+    model: UMT5EncoderModel,
+    actions: list[world.Action],
+    tokenizer: Tokenizer,
+    steps: int,
+    *,
+    batch: int = 32,
+    seed: int = 0,
+    learning_rate: float = 1e-3,
+    report=lambda step, figures: None,
+) -> UMT5EncoderModel:
+    """Teach the encoder, in place and from text alone, that the reserved words mean what training's words do.
+
+    Captions in training's wordings keep the states they had (whoever reads these states has learned them);
+    captions in reserved wordings, in training's sentence plans, move to those of a caption that says the same
+    in training's first wordings.
+    """
+    rng = np.random.default_rng([seed, 1])
+    before = copy.deepcopy(model).requires_grad_(False)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, learning_rate, total_steps=steps, pct_start=0.05
+    )
+    for step in range(steps):
+        kept = tokenizer([random_caption(actions, rng, "train")[0] for _ in range(batch)])
+        pairs = [_paraphrases(actions, rng) for _ in range(batch)]
+        plain, other = (tokenizer([pair[i] for pair in pairs]) for i in (0, 1))
+        change = (_states(model, kept) - encode(before, kept)).pow(2).sum(-1).sum() / (kept != PAD).sum()
+        distance = set_distance(_states(model, other), other != PAD, encode(before, plain), plain != PAD)
+        optimiser.zero_grad()
+        (change + distance).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+        if step % 100 == 0 or step == steps - 1:
+            report(step, {"change": change.item() / WIDTH, "distance": distance.item() / WIDTH})
+    return model.eval()
+
+
+def set_distance(
+    a: torch.Tensor, a_mask: torch.Tensor, b: torch.Tensor, b_mask: torch.Tensor
+) -> torch.Tensor:
+    """Mean squared distance of every state to the nearest of the other caption's, both ways (Chamfer).
+
+    a [B, S, d], b [B, T, d] with masks [B, S], [B, T], True where a token stands.
+    """
+    distances = (a.unsqueeze(2) - b.unsqueeze(1)).pow(2).sum(-1)
+    far = torch.finfo(distances.dtype).max
+    to_b = distances.masked_fill(~b_mask.unsqueeze(1), far).amin(2)
+    to_a = distances.masked_fill(~a_mask.unsqueeze(2), far).amin(1)
+    return (to_b * a_mask).sum() / a_mask.sum() + (to_a * b_mask).sum() / b_mask.sum()
+
+
+def _states(model: UMT5EncoderModel, tokens: torch.Tensor) -> torch.Tensor:
+    mask = tokens != PAD
+    return model(input_ids=tokens, attention_mask=mask.long()).last_hidden_state * mask.unsqueeze(-1)
+
+
+def _paraphrases(actions: list[world.Action], rng: np.random.Generator) -> tuple[str, str]:
+    """One action said in training's first wordings, and in reserved or any ones."""
+    action = actions[int(rng.integers(len(actions)))]
+    other = "reserved" if rng.random() < 0.7 else "both"
+    return (
+        captions.fine_caption(action, None, rng, wordings="first"),
+        captions.fine_caption(action, None, rng, wordings=other),
+    )
 
 
 def _labels(sample) -> torch.Tensor:
