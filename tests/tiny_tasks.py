@@ -64,7 +64,10 @@ class Tasks:
         self.clips_by_action = {
             action: torch.arange(clips) + clips * row for row, action in enumerate(self.training)
         }
-        self.clips = SimpleNamespace(latents=self._latents(len(self.training) * clips, seed))
+        self.clips = SimpleNamespace(
+            latents=self._latents(len(self.training) * clips, seed),
+            action_weights=lambda: torch.linspace(0.5, 1.5, 16).view(16, 1, 1, 1).expand(-1, 2, 4, 4),
+        )
         self.model = tiny_model()
         self.weights = BaseWeights.from_tensors(self.model.state_dict())
 

@@ -62,8 +62,9 @@ class Stage2Config:
     clips: int = 3  # clips a task
     learning_rate: float = 2e-3
     reconstruction_weight: float = 0.05
-    diffusion_weight: float = 1.0
+    diffusion_weight: float = 0.25
     distillation_weight: float = 1.0
+    teacher_guidance: float = 1.3  # of the fine prompt over the coarse one, in the base model as a teacher
     fine_prompts: float = 0.25  # share of steps under the fine prompt instead of the coarse one
     ema_decay: float = 0.999
     seed: int = 0

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from lofa_core.hypernetwork import Hypernetwork
@@ -191,9 +192,11 @@ def evaluate(
     wanted: LoRADataset,
     evaluator: evaluator_module.Evaluator,
     report: Callable[[str, dict[str, float]], None] = lambda name, figures: None,
+    process: int = 0,
+    processes: int = 1,
 ) -> dict:
-    """The whole table and its summary; `known` are the training LoRAs, `wanted` those of the held-out
-    actions.
+    """The whole table and its summary, the rows shared out among processes; `known` are the training LoRAs,
+    `wanted` those of the held-out actions.
     """
     if wanted.actions != data.held_out:
         raise ValueError(
@@ -218,9 +221,12 @@ def evaluate(
         Method("per-task LoRA, fine prompt", own, "fine"),
     ]
     rows: dict[str, dict[str, float]] = {}
-    for method in methods:
+    for method in methods[process::processes]:
         rows[method.name] = judge.measure(method)
         report(method.name, rows[method.name])
+    if processes > 1:
+        every = {name: row for part in gather_object([rows]) for name, row in part.items()}
+        rows = {method.name: every[method.name] for method in methods}
     rows["real clips"] = judge.score(judge.real.latents.float())
     report("real clips", rows["real clips"])
     summary = summarise(rows) | response_figures(hypernetwork, data, judge.sentences, known, wanted)

@@ -24,6 +24,7 @@ from .lora_dataset import LoRADataset
 from .lora_factory import LoRATraining, train_loras
 from .miniature import evaluator as evaluator_module
 from .miniature.tasks import MiniatureTasks
+from .readme import write_figures
 from .stages import train_stage1, train_stage2
 
 SHIPPED = Path(__file__).parent / "miniature"  # the LoRAs that the README's figures rest on
@@ -89,20 +90,21 @@ class Run:
     def evaluate(self, hypernetwork: Path | None) -> dict:
         """The table on standard error; returns the figures. Uses the run's LoRAs, else the shipped ones."""
         started = time.time()
-        torch.set_num_threads(os.cpu_count() or 1)
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.processes))
         own = self.folder / "hypernetwork.safetensors"
         network = load_hypernetwork(hypernetwork or (own if own.exists() else miniature.HYPERNETWORK))
         found = evaluate(
             network, self.data, self.config.evaluation, self._dataset("training"), self._dataset("held_out"),
-            evaluator_module.load(), self._say_row,
+            evaluator_module.load(), self._say_row, self.process, self.processes,
         )  # fmt: skip
-        self.console.print(_table(found["rows"]))
         found = _rounded(found | {"seconds": time.time() - started})
-        (self.folder / "evaluation.json").write_text(json.dumps(found, indent=1) + "\n")
+        if self.process == 0:
+            self.console.print(_table(found["rows"]))
+            (self.folder / "evaluation.json").write_text(json.dumps(found, indent=1) + "\n")
         return found
 
     def ship(self) -> None:
-        """Make this run's hypernetwork, LoRAs and figures the embedded ones."""
+        """Make this run's hypernetwork, LoRAs and figures the embedded ones, and the README's."""
         evaluation = self.folder / "evaluation.json"
         if not evaluation.exists():
             raise ValueError(
@@ -114,6 +116,7 @@ class Run:
             self._dataset(name).save(SHIPPED / f"loras_{name}.safetensors")
         shutil.copyfile(self.folder / "hypernetwork.safetensors", miniature.HYPERNETWORK)
         miniature.FIGURES.write_text(json.dumps(figures, indent=1) + "\n")
+        write_figures(figures)
 
     def _train_loras(self, name: str, actions: list, clips: list) -> None:
         settings = self.config.lora

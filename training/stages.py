@@ -21,7 +21,7 @@ from .miniature.tasks import MiniatureTasks
 from .optimisers import MuonAdamW
 
 Report = Callable[[int, dict[str, float]], None]
-_EMBEDDINGS = ("embedding", "position", "cls_token", "pooling_queries")
+_EMBEDDINGS = ("embedding", "patch_embed", "position", "cls_token", "pooling_queries")
 
 
 def stage1_loss(
@@ -133,6 +133,7 @@ def train_stage2(
     names = [layer.name for layer in hypernetwork.base.layers]
     modules = target_modules(model, names)
     index, coarse = torch.arange(len(names), device=device), data.coarse().to(device)
+    shown = data.clips.action_weights().to(device)
     own = {action: row for row, action in enumerate(lora_actions)}
     running: dict[str, float] = {}
     for step in range(settings.steps):
@@ -151,11 +152,14 @@ def train_stage2(
 
         with injected(modules, *by_name(names, predicted_A, predicted_B)):
             velocity = model(x, times * 1000.0, text, return_dict=False)[0]
-        losses = {"diffusion": F.mse_loss(velocity, noise - clean)}
+        losses = {"diffusion": (shown * (velocity - (noise - clean)).pow(2)).mean()}
         rows = torch.tensor([own.get(action, -1) for action in tasks])
         if settings.distillation_weight:
-            teacher = _teacher(model, modules, names, x, times, fine, coarse, rows, A, B, settings.clips)
-            losses["distillation"] = F.mse_loss(velocity, teacher)
+            teacher = _teacher(
+                model, modules, names, x, times, fine, coarse, rows, A, B, settings.clips,
+                settings.teacher_guidance,
+            )  # fmt: skip
+            losses["distillation"] = (shown * (velocity - teacher).pow(2)).mean()
         known = rows >= 0
         if settings.reconstruction_weight and known.any():
             statistics, targets = (
@@ -182,16 +186,22 @@ def train_stage2(
     hypernetwork.stage2.load_state_dict(average.state_dict())
 
 
-def _teacher(model, modules, names, x, times, fine, coarse, rows, A, B, clips) -> Tensor:
-    """Velocities to match: base + own LoRA under the coarse prompt where there is one, else the base, fine
-    prompt.
+def _teacher(model, modules, names, x, times, fine, coarse, rows, A, B, clips, guidance) -> Tensor:
+    """Velocities to match: base + own LoRA under the coarse prompt where there is one, else the base under
+    the fine prompt, guided away from the coarse one: a student of many tasks answers too faintly, and this
+    makes up for it.
     """
     has_lora = (rows >= 0).repeat_interleave(clips).to(x.device)
     target = torch.empty_like(x)
     with torch.no_grad():
         plain = ~has_lora
         if plain.any():
-            target[plain] = model(x[plain], times[plain] * 1000.0, fine[plain], return_dict=False)[0]
+            inputs = x[plain], times[plain] * 1000.0
+            said = model(*inputs, fine[plain], return_dict=False)[0]
+            if guidance != 1.0:
+                unsaid = model(*inputs, coarse.expand(len(said), -1, -1), return_dict=False)[0]
+                said = unsaid + guidance * (said - unsaid)
+            target[plain] = said
         if has_lora.any():
             chosen = rows[rows >= 0]
             with injected(modules, *by_name(names, A[chosen].to(x.device), B[chosen].to(x.device))):
@@ -206,10 +216,10 @@ def by_name(names: list[str], A: Tensor, B: Tensor) -> tuple[dict[str, Tensor], 
 
 
 def _some_tasks(training: list, with_lora: list, count: int, rng: np.random.Generator) -> list:
-    """Half of the tasks from those with a LoRA of their own, the rest from all."""
-    half = count // 2 if with_lora else 0
-    return [with_lora[i] for i in rng.integers(len(with_lora), size=half)] + [
-        training[i] for i in rng.integers(len(training), size=count - half)
+    """A quarter of the tasks from those with a LoRA of their own, the rest from all."""
+    few = count // 4 if with_lora else 0
+    return [with_lora[i] for i in rng.integers(len(with_lora), size=few)] + [
+        training[i] for i in rng.integers(len(training), size=count - few)
     ]
 
 

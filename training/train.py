@@ -50,7 +50,9 @@ def main() -> int:
 
         run = Run(config, console)
         if chosen.command == "evaluate":
-            sys.stdout.write(json.dumps(run.evaluate(chosen.hypernetwork)) + "\n")
+            found = run.evaluate(chosen.hypernetwork)
+            if run.process == 0:
+                sys.stdout.write(json.dumps(found) + "\n")
             return 0
         parts = ("loras", "stage1", "stage2") if chosen.command == "all" else (chosen.command,)
         for part in parts:
