@@ -269,6 +269,25 @@ def test_the_whole_table_has_every_row_and_the_figures_of_its_summary(judge, dat
     )
 
 
+def test_processes_share_the_rows_and_each_gets_the_whole_table(judge, data, monkeypatch):
+    known, wanted = LoRADataset(*loras(4, 1), ACTIONS), LoRADataset(*loras(7, 2, 0.5), HELD_OUT)
+    whole = evaluate(sized_network(), data, SETTINGS, known, wanted, Reader())["rows"]
+    said = []
+
+    def gathered(mine):
+        said.extend(mine[0])
+        return [{name: row for name, row in whole.items() if name not in mine[0]}, *mine]
+
+    monkeypatch.setattr("training.evaluate.gather_object", gathered)
+    found = evaluate(
+        sized_network(), data, SETTINGS, known, wanted, Reader(), process=1, processes=2
+    )["rows"]  # fmt: skip
+    assert said == [name for name in whole if name != "real clips"][1::2]
+    assert list(found) == list(whole)
+    for name, row in whole.items():
+        assert found[name] == pytest.approx(row, rel=1e-5), name
+
+
 def test_loras_of_other_actions_are_refused(judge, data):
     known = LoRADataset(*loras(4, 1), ACTIONS)
     for actions in (HELD_OUT[:6], HELD_OUT[::-1]):
