@@ -255,10 +255,20 @@ def test_the_whole_table_has_every_row_and_the_figures_of_its_summary(judge, dat
     known, wanted = LoRADataset(*loras(4, 1), ACTIONS), LoRADataset(*loras(7, 2, 0.5), HELD_OUT)
     said = []
     found = evaluate(
-        sized_network(), data, SETTINGS, known, wanted, Reader(), lambda name, row: said.append(name)
+        sized_network(),
+        data,
+        SETTINGS,
+        known,
+        wanted,
+        Reader(),
+        lambda name, row: said.append(name),
+        more=True,
     )
     assert said == list(found["rows"]) and {*BASELINES, "LoFA", "per-task LoRA", "real clips"} <= set(said)
     assert {"base, fine prompt", "LoFA, fine prompt"} <= set(said)
+    assert {"base, fine prompt in training's words", "base, fine prompt, guidance 2.5", "LoFA x 1.3"} <= set(
+        said
+    )
     assert {"frechet_gap_closed", "joint_gap_closed", "stage1_centred_cosine", "beaten"} <= set(found)
     assert found["beaten"] == summarise(found["rows"])["beaten"]
     own = judge.measure(Method("own", (wanted.A, wanted.B)))

@@ -130,8 +130,8 @@ def test_evaluation_says_its_table_and_keeps_its_figures(finished, monkeypatch):
         "beaten": ["base"],
     }
 
-    def measured(network, data, settings, known, wanted, evaluator, report, process, processes):
-        assert (process, processes) == (0, 1)
+    def measured(network, data, settings, known, wanted, evaluator, report, process, processes, more):
+        assert (process, processes, more) == (0, 1, False)
         given.update(network=network, known=known, wanted=wanted, evaluator=evaluator)
         return figures
 

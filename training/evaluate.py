@@ -194,9 +194,10 @@ def evaluate(
     report: Callable[[str, dict[str, float]], None] = lambda name, figures: None,
     process: int = 0,
     processes: int = 1,
+    more: bool = False,
 ) -> dict:
     """The whole table and its summary, the rows shared out among processes; `known` are the training LoRAs,
-    `wanted` those of the held-out actions.
+    `wanted` those of the held-out actions. `more` adds what a known wording, guidance and strength would do.
     """
     if wanted.actions != data.held_out:
         raise ValueError(
@@ -209,17 +210,20 @@ def evaluate(
     methods = [
         Method("base", None),
         Method("base, fine prompt", None, "fine"),
-        Method("base, fine prompt in training's words", None, "plain fine"),
-        Method("base, fine prompt, guidance 2.5", None, "fine", 2.5),
         Method("mean LoRA", mean_lora(known.A, known.B, len(wanted.actions))),
         Method("nearest LoRA", nearest_lora(known.A, known.B, known.factors(), wanted.factors())),
         Method("ridge regression", ridge_lora(known.A, known.B, known.factors(), wanted.factors())),
         Method("LoFA", predicted),
         Method("LoFA, fine prompt", predicted, "fine"),
-        Method("LoFA x 1.3", (predicted[0], 1.3 * predicted[1])),
         Method("per-task LoRA", own),
         Method("per-task LoRA, fine prompt", own, "fine"),
     ]
+    if more:
+        methods += [
+            Method("base, fine prompt in training's words", None, "plain fine"),
+            Method("base, fine prompt, guidance 2.5", None, "fine", 2.5),
+            Method("LoFA x 1.3", (predicted[0], 1.3 * predicted[1])),
+        ]
     rows: dict[str, dict[str, float]] = {}
     for method in methods[process::processes]:
         rows[method.name] = judge.measure(method)

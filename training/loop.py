@@ -87,7 +87,7 @@ class Run:
         if self.process == 0:
             save_hypernetwork(network.eval(), self.folder / "hypernetwork.safetensors", dtype=torch.float16)
 
-    def evaluate(self, hypernetwork: Path | None) -> dict:
+    def evaluate(self, hypernetwork: Path | None, more: bool = False) -> dict:
         """The table on standard error; returns the figures. Uses the run's LoRAs, else the shipped ones."""
         started = time.time()
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.processes))
@@ -95,7 +95,7 @@ class Run:
         network = load_hypernetwork(hypernetwork or (own if own.exists() else miniature.HYPERNETWORK))
         found = evaluate(
             network, self.data, self.config.evaluation, self._dataset("training"), self._dataset("held_out"),
-            evaluator_module.load(), self._say_row, self.process, self.processes,
+            evaluator_module.load(), self._say_row, self.process, self.processes, more,
         )  # fmt: skip
         found = _rounded(found | {"seconds": time.time() - started})
         if self.process == 0:

@@ -42,6 +42,11 @@ def main() -> int:
     parser.add_argument(
         "--hypernetwork", type=Path, help="evaluate this file (default: the run's, else the embedded one)"
     )
+    parser.add_argument(
+        "--more",
+        action="store_true",
+        help="evaluate: also known wordings, guidance and strength (3 rows more)",
+    )
     chosen = parser.parse_args()
     console = Console(stderr=True, highlight=False)
     try:
@@ -50,7 +55,7 @@ def main() -> int:
 
         run = Run(config, console)
         if chosen.command == "evaluate":
-            found = run.evaluate(chosen.hypernetwork)
+            found = run.evaluate(chosen.hypernetwork, chosen.more)
             if run.process == 0:
                 sys.stdout.write(json.dumps(found) + "\n")
             return 0
