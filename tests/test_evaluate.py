@@ -255,14 +255,7 @@ def test_the_whole_table_has_every_row_and_the_figures_of_its_summary(judge, dat
     known, wanted = LoRADataset(*loras(4, 1), ACTIONS), LoRADataset(*loras(7, 2, 0.5), HELD_OUT)
     said = []
     found = evaluate(
-        sized_network(),
-        data,
-        SETTINGS,
-        known,
-        wanted,
-        Reader(),
-        lambda name, row: said.append(name),
-        more=True,
+        sized_network(), data, SETTINGS, known, wanted, Reader(), lambda name, _: said.append(name), more=True
     )
     assert said == list(found["rows"]) and {*BASELINES, "LoFA", "per-task LoRA", "real clips"} <= set(said)
     assert {"base, fine prompt", "LoFA, fine prompt"} <= set(said)
@@ -289,9 +282,7 @@ def test_processes_share_the_rows_and_each_gets_the_whole_table(judge, data, mon
         return [{name: row for name, row in whole.items() if name not in mine[0]}, *mine]
 
     monkeypatch.setattr("training.evaluate.gather_object", gathered)
-    found = evaluate(
-        sized_network(), data, SETTINGS, known, wanted, Reader(), process=1, processes=2
-    )["rows"]  # fmt: skip
+    found = evaluate(sized_network(), data, SETTINGS, known, wanted, Reader(), process=1, processes=2)["rows"]
     assert said == [name for name in whole if name != "real clips"][1::2]
     assert list(found) == list(whole)
     for name, row in whole.items():
