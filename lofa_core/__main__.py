@@ -1,4 +1,4 @@
-"""The command line: `python -m lofa_core predict` and `python -m lofa_core inspect`."""
+"""The command line: `python -m lofa_core predict | convert | inspect`."""
 
 import argparse
 import hashlib
@@ -9,7 +9,6 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from safetensors import SafetensorError
@@ -17,53 +16,27 @@ from torch import Tensor
 
 from . import __version__, miniature
 from .base_models import BaseWeights
-from .checkpoint import load_hypernetwork
+from .checkpoint import load_hypernetwork, save_hypernetwork
 from .conditions.text import TextEncoder, check_prompt
+from .console import Parser, complain
 from .descriptions import ConditionDescription
 from .heatmap import render
 from .inspection import CONDITION_KEY, inspect
 from .lora_files import match, read_safetensors, save_lora, write_safetensors
 from .prediction import Prediction, predict
+from .released import load_released
 
 try:
     from PIL import Image
     from rich.console import Console
-    from rich.highlighter import RegexHighlighter
     from rich.progress import Progress
     from rich.table import Table
     from rich.text import Text
-    from rich.theme import Theme
 except ImportError as error:  # ComfyUI's Python has no rich
     sys.exit(f"error: the command line needs the package {error.name}: pip install rich pillow")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EXAMPLE = "a person swings the left arm widely and quickly, moves to the right, leaning left, feet together"
-THEME = Theme({"help.option": "cyan", "help.heading": "bold", "help.value": "green"})
-
-
-class _HelpColours(RegexHighlighter):
-    base_style = "help."
-    highlights = [
-        r"(?P<option>(?<![\w-])--?[a-z][a-z-]*)",
-        r"(?m)^(?P<heading>[a-z][a-z ]*:)",
-        r"(?P<value>\b[A-Z]{3,}\b)",
-    ]
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse, its help in colour and its errors in the same shape as ours."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.color = False  # Python 3.14's own colours would clash with these
-
-    def print_help(self, file=None) -> None:
-        console = Console(file=file, theme=THEME, highlighter=_HelpColours(), soft_wrap=True)
-        console.print(self.format_help(), markup=False)
-
-    def error(self, message: str) -> NoReturn:
-        _complain(f"{message} (see {self.prog} --help)")
-        sys.exit(2)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,20 +46,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.run(options)
     except (ValueError, OSError, SafetensorError) as error:
         if isinstance(error, OSError) and error.filename and error.strerror:
-            _complain(f"{error.filename}: {error.strerror}.")
+            complain(f"{error.filename}: {error.strerror}.")
         else:
-            _complain(str(error))
+            complain(str(error))
         return 2
     except KeyboardInterrupt:
-        _complain("interrupted.")
+        complain("interrupted.")
         return 130
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="python -m lofa_core", description="LoFA: predict an ordinary LoRA from a sentence."
-    )
+    parser = Parser(prog="python -m lofa_core", description="LoFA: predict an ordinary LoRA from a sentence.")
     parser.add_argument("--version", action="version", version=f"LoFA {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
@@ -127,6 +98,19 @@ def _parser() -> argparse.ArgumentParser:
     predict_.add_argument("--heatmap", type=Path, metavar="PNG", help="also draw the response maps")
     predict_.set_defaults(run=_predict)
 
+    convert = commands.add_parser(
+        "convert",
+        help="make one hypernetwork file of LoFA_v0's two",
+        description="Write the two published files of LoFA_v0 as one .safetensors that predict and the "
+        "ComfyUI nodes load. Nothing is lost: the same LoRAs come out of it, bit for bit.",
+    )
+    for stage in ("stage1", "stage2"):
+        convert.add_argument(
+            f"--{stage}", type=Path, required=True, metavar="PTH", help=f"the published {stage}_preview.pth"
+        )
+    convert.add_argument("--out", type=Path, required=True, metavar="H", help="the .safetensors to write")
+    convert.set_defaults(run=_convert)
+
     inspect_ = commands.add_parser(
         "inspect",
         help="say what a file is",
@@ -140,10 +124,13 @@ def _parser() -> argparse.ArgumentParser:
 def _predict(options: argparse.Namespace) -> None:
     hypernetwork_file = options.hypernetwork or miniature.HYPERNETWORK
     base_path = options.base or miniature.FOLDER
-    _check_outputs(options, [hypernetwork_file, base_path, options.condition])
+    _check_outputs(
+        [(options.out, ".safetensors"), (options.response_out, ".safetensors"), (options.heatmap, ".png")],
+        [hypernetwork_file, base_path, options.condition],
+    )
     device = _device(options.device)
 
-    hypernetwork = load_hypernetwork(hypernetwork_file)
+    hypernetwork = load_hypernetwork(hypernetwork_file, DTYPES[options.dtype])
     base = BaseWeights.open(base_path)
     condition = _condition(options, hypernetwork.condition, base_path)
     console = Console(stderr=True)
@@ -155,16 +142,12 @@ def _predict(options: argparse.Namespace) -> None:
             condition,
             device=device,
             dtype=DTYPES[options.dtype],
-            want_response=bool(options.response_out or options.heatmap),
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     metadata = {
         **prediction.lora.metadata,
         "lofa_version": __version__,
         "lofa_hypernetwork_sha256": _sha256(hypernetwork_file),
-        "lofa_base": base.model.name,
-        "lofa_base_fingerprint": base.fingerprint(),
-        "lofa_condition": hypernetwork.condition.kind,
         "lofa_strength": repr(options.strength),
     }
     if options.prompt is not None:
@@ -182,11 +165,27 @@ def _predict(options: argparse.Namespace) -> None:
         output.print(f"wrote {path}", markup=False)
 
 
+def _convert(options: argparse.Namespace) -> None:
+    _check_outputs([(options.out, ".safetensors")], [options.stage1, options.stage2])
+    hypernetwork = load_released(options.stage1, options.stage2, dtype=None)
+    save_hypernetwork(
+        hypernetwork, options.out, notes=f"converted from {options.stage1.name} and {options.stage2.name}"
+    )
+    output = Console(soft_wrap=True, highlight=False)
+    layers = len(hypernetwork.base.layers)
+    output.print(
+        f"predicts LoRAs of rank {hypernetwork.config.rank} for the {layers} target layers of "
+        f"{hypernetwork.base.name}",
+        markup=False,
+    )
+    output.print(f"wrote {options.out}", markup=False)
+
+
 def _write_responses(options: argparse.Namespace, prediction: Prediction, base: BaseWeights) -> list[Path]:
     """Write what --response-out and --heatmap ask for; the files written."""
     written = []
     if options.response_out:
-        write_safetensors(prediction.responses, options.response_out, {"lofa_version": __version__})
+        write_safetensors(dict(prediction.responses), options.response_out, {"lofa_version": __version__})
         written.append(options.response_out)
     if options.heatmap:
         layers = base.model.layers
@@ -229,6 +228,7 @@ def _condition(options: argparse.Namespace, wanted: ConditionDescription, base: 
             raise ValueError(f"This hypernetwork is conditioned on {wanted.kind}; --prompt gives text.")
         check_prompt(options.prompt, wanted.words)
         tensor, source = TextEncoder.open(base).encode(options.prompt), "the text encoder of " + str(base)
+        tensor = torch.nn.functional.pad(tensor, (0, 0, 0, max(0, wanted.padded_to - tensor.shape[1])))
     else:
         tensors, _ = read_safetensors(options.condition)
         if list(tensors) != [CONDITION_KEY]:
@@ -252,14 +252,13 @@ def _condition(options: argparse.Namespace, wanted: ConditionDescription, base: 
     return tensor
 
 
-def _check_outputs(options: argparse.Namespace, inputs: list[Path | None]) -> None:
-    """Refuse, before any work, files that could not be written or would overwrite an input."""
+def _check_outputs(outputs: Sequence[tuple[Path | None, str]], inputs: Sequence[Path | None]) -> None:
+    """Refuse, before any work, files that could not be written or would overwrite an input.
+
+    `outputs`: (path, the suffix it must have).
+    """
     taken = {path.resolve() for path in inputs if path is not None}
-    for path, suffix in (
-        (options.out, ".safetensors"),
-        (options.response_out, ".safetensors"),
-        (options.heatmap, ".png"),
-    ):
+    for path, suffix in outputs:
         if path is None:
             continue
         if path.suffix.lower() != suffix:
@@ -299,11 +298,6 @@ def _finite(text: str) -> float:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _complain(message: str) -> None:
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
-    console.print(Text.assemble(("error: ", "bold red"), " ".join(message.split())))
 
 
 if __name__ == "__main__":

@@ -172,12 +172,17 @@ class BaseWeights:
         """
         path = Path(path)
         files = _files_of(path)
-        handles = [open_safetensors(file) for file in files]
-        where = {key: handle for handle in handles for key in handle.keys()}
-        shapes = {key: handle.get_slice(key).get_shape() for key, handle in where.items()}
+        where: dict[str, Path] = {}
+        shapes: dict[str, Sequence[int]] = {}
+        for file in files:
+            with open_safetensors(file) as handle:
+                where |= dict.fromkeys(handle.keys(), file)
+                shapes |= {key: handle.get_slice(key).get_shape() for key in handle.keys()}
 
         def read(key: str, rows: int | None) -> Tensor:
-            return where[key].get_tensor(key) if rows is None else where[key].get_slice(key)[:rows]
+            # Mapped anew each time: a mapping ends with its tensor, so what was read does not stay in memory.
+            with open_safetensors(where[key]) as handle:
+                return handle.get_tensor(key) if rows is None else handle.get_slice(key)[:rows]
 
         try:
             return cls(shapes, read)

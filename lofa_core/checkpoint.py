@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 
+from .base_models import open_safetensors
 from .descriptions import BaseDescription, ConditionDescription, HypernetworkConfig, LayerDescription
 from .hypernetwork import Hypernetwork
-from .lora_files import read_safetensors, write_safetensors
+from .lora_files import each_tensor, write_safetensors
 
 FORMAT = "lofa.hypernetwork.1"
 
@@ -29,8 +30,7 @@ def save_hypernetwork(
     }
     tensors = {
         key: value.to(dtype) if dtype is not None and value.is_floating_point() else value
-        for key, value in hypernetwork.state_dict().items()
-        if not _is_shared(key)
+        for key, value in hypernetwork.own_state().items()
     }
     metadata = {"format": FORMAT, "lofa": json.dumps(header)}
     if notes:
@@ -38,54 +38,52 @@ def save_hypernetwork(
     write_safetensors(tensors, Path(path), metadata)
 
 
-def load_hypernetwork(path: Path | str) -> Hypernetwork:
-    """Rebuild a network in float32 for prediction. ValueError if the file is not one of ours, naming what it
-    is not.
+def load_hypernetwork(path: Path | str, dtype: torch.dtype | None = torch.float32) -> Hypernetwork:
+    """Rebuild a network for prediction, its weights in `dtype` (None: as the file has them).
+
+    Raises FileNotFoundError, or ValueError where the file is not one of ours, naming what it is not.
     """
     path = Path(path)
-    tensors, metadata = read_safetensors(path)
+    hypernetwork = describe_hypernetwork(path)
+    tensors = {key: tensor.to(dtype or tensor.dtype, copy=True) for key, tensor in each_tensor(path)}
+    return hypernetwork.filled(tensors)
+
+
+def describe_hypernetwork(path: Path) -> Hypernetwork:
+    """The network that a file holds, unfilled: nothing but names and shapes is read. Raises as
+    `load_hypernetwork`.
+    """
+    if path.suffix in (".pth", ".pt"):
+        raise ValueError(
+            f"{path.name}: make LoFA_v0's two files one hypernetwork first: python -m lofa_core convert "
+            "--stage1 stage1_preview.pth --stage2 stage2_preview.pth --out lofa_v0.safetensors"
+        )
+    with open_safetensors(path) as handle:
+        metadata = handle.metadata() or {}
+        shapes = {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}
     if metadata.get("format") != FORMAT:
         raise ValueError(
             f"{path.name}: not a LoFA hypernetwork (its metadata says format "
             f"{metadata.get('format', 'nothing')!r}, expected {FORMAT!r}). "
-            "Choose a file written by LoFA's training."
+            "Choose a file written by LoFA's training or by `python -m lofa_core convert`."
         )
     try:
-        header = json.loads(metadata["lofa"])
-        hypernetwork = Hypernetwork(*_descriptions(header))
+        hypernetwork = Hypernetwork.unfilled(*_descriptions(json.loads(metadata["lofa"])))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path.name}: its LoFA header is damaged ({error}). Download or train it again."
         ) from error
-    expected = {key for key in hypernetwork.state_dict() if not _is_shared(key)}
-    if expected != set(tensors):
-        missing, unknown = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
+    expected = {key: tuple(value.shape) for key, value in hypernetwork.own_state().items()}
+    if expected.keys() != shapes.keys():
+        missing, unknown = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
         raise ValueError(
             f"{path.name}: the weights do not fit its header ({len(missing)} missing, first {missing[:1]}; "
             f"{len(unknown)} unknown, first {unknown[:1]}). Download or train it again."
         )
-    for key, tensor in tensors.items():
-        wanted = (
-            hypernetwork.get_parameter(key)
-            if _is_parameter(hypernetwork, key)
-            else hypernetwork.get_buffer(key)
-        )
-        if wanted.shape != tensor.shape:
-            raise ValueError(
-                f"{path.name}: {key} is {list(tensor.shape)}, its header says {list(wanted.shape)}."
-            )
-    hypernetwork.load_state_dict({key: value.float() for key, value in tensors.items()}, strict=False)
-    return hypernetwork.eval().requires_grad_(False)
-
-
-def _is_shared(key: str) -> bool:
-    """The statistics are one module under three names; the first is the one written."""
-    return ".heads.statistics." in key
-
-
-def _is_parameter(module: torch.nn.Module, key: str) -> bool:
-    owner, _, name = key.rpartition(".")
-    return name in module.get_submodule(owner)._parameters
+    for key, shape in shapes.items():
+        if expected[key] != shape:
+            raise ValueError(f"{path.name}: {key} is {list(shape)}, its header says {list(expected[key])}.")
+    return hypernetwork
 
 
 def _descriptions(header: dict) -> tuple[HypernetworkConfig, BaseDescription, ConditionDescription]:

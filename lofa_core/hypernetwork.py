@@ -12,12 +12,18 @@ the paper, and why:
 * Outputs are offsets from the mean LoRA of the training set, in units of its spread (see normalisation.py).
 * Stage I predicts dW as a Gaussian, so the response probability P(|dW| > 0.02 |W|) follows exactly and can
   reach 0.
+
+LoFA_v0, the published checkpoint, is the same network with other choices of `HypernetworkConfig`: see
+released.py.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .descriptions import BaseDescription, ConditionDescription, HypernetworkConfig
 from .normalisation import TargetStatistics
@@ -27,23 +33,42 @@ from .trunk import Condition, Trunk
 
 @dataclass
 class Response:
-    """Stage I for N layers under B conditions: dW ~ Normal(mean, deviation^2), and the features Stage II
-    attends to.
+    """Stage I for N layers under B conditions, as low-rank factors: A [B, N, r, in], B [B, N, out, r].
 
-    A [B, N, r, in], B [B, N, out, r] (mean = B A), row_log_deviation [B, N, out], column_log_deviation [B, N,
-    in], features [B, N, tokens, width].
+    `features` [B, N, tokens, width] are what Stage II attends to.
     """
+
+    needs_weights: ClassVar[bool] = True  # whether `probability` reads the weights
 
     A: Tensor
     B: Tensor
-    row_log_deviation: Tensor
-    column_log_deviation: Tensor
     features: Tensor
 
     def probability(self, weights: Tensor, threshold: float = THRESHOLD) -> Tensor:
-        """P(|dW| > threshold |W|) for weights [N, out, in]: [B, N, out, in] in float32 (eq. 3's map, section
-        3.2).
-        """
+        """P(|dW| > threshold |W|) for weights [N, out, in]: [B, N, out, in] in float32 (section 3.2)."""
+        raise NotImplementedError
+
+    def layer(self, row: int) -> "Response":
+        """The first condition's response of one of the N layers, in float32 on the CPU, without features."""
+        parts = {
+            part.name: getattr(self, part.name)[:1, row : row + 1].float().cpu()
+            for part in fields(self)
+            if part.name != "features"
+        }
+        return type(self)(**parts, features=torch.empty(0))
+
+
+@dataclass
+class GaussianResponse(Response):
+    """dW ~ Normal(B A, deviation^2), the deviation of an entry a product of its row's and its column's.
+
+    row_log_deviation [B, N, out], column_log_deviation [B, N, in].
+    """
+
+    row_log_deviation: Tensor
+    column_log_deviation: Tensor
+
+    def probability(self, weights: Tensor, threshold: float = THRESHOLD) -> Tensor:
         mean = self.B.float() @ self.A.float()
         log_deviation = self.row_log_deviation.unsqueeze(-1) + self.column_log_deviation.unsqueeze(-2)
         deviation = log_deviation.float().exp() * 2.0**0.5
@@ -53,7 +78,25 @@ class Response:
         return 0.5 * (torch.erfc((edge - mean) / deviation) + torch.erfc((edge + mean) / deviation))
 
 
-class FactorHeads(nn.Module):
+@dataclass
+class ScoreResponse(Response):
+    """|dW / W| is about softplus(B A), as in LoFA_v0; its probability is never below 0.45."""
+
+    needs_weights = False
+
+    def score(self) -> Tensor:
+        """softplus(B A), float32 [B, N, out, in]."""
+        return F.softplus(self.B.float() @ self.A.float())
+
+    def logit(self, threshold: float = THRESHOLD) -> Tensor:
+        """(score - threshold) / 0.1, float32 [B, N, out, in]."""
+        return (self.score() - threshold) / 0.1
+
+    def probability(self, weights: Tensor, threshold: float = THRESHOLD) -> Tensor:
+        return self.logit(threshold).sigmoid()
+
+
+class LocalHeads(nn.Module):
     """Tokens of rows and columns -> B [B, N, out, r] and A [B, N, r, in], as offsets from the mean LoRA;
     start at zero.
     """
@@ -74,69 +117,124 @@ class FactorHeads(nn.Module):
         return self.statistics.denormalise(A, B, index)
 
 
+class PooledHeads(nn.Module):
+    """One token a layer -> A [B, N, r, in], B [B, N, out, r], and for Stage II alpha [B, N] (LoFA_v0)."""
+
+    def __init__(self, config: HypernetworkConfig, with_alpha: bool):
+        super().__init__()
+        self.shape_A = (config.rank, config.in_features)
+        self.shape_B = (config.out_features, config.rank)
+        self.to_A = nn.Linear(config.width, config.rank * config.in_features)
+        self.to_B = nn.Linear(config.width, config.out_features * config.rank)
+        self.to_alpha = nn.Linear(config.width, 1) if with_alpha else None
+
+    def forward(self, token: Tensor) -> tuple[Tensor, Tensor]:
+        """(A, B) of token [B, N, d]."""
+        return self.to_A(token).unflatten(-1, self.shape_A), self.to_B(token).unflatten(-1, self.shape_B)
+
+    def alpha(self, token: Tensor) -> Tensor:
+        """The factor of B A, positive, float32 [B, N]."""
+        if self.to_alpha is None:
+            raise ValueError("Stage I has no alpha; ask Stage II.")
+        return F.softplus(self.to_alpha(token).float()).squeeze(-1)
+
+
 class ResponsePredictor(nn.Module):
     """Stage I (eq. 3): base weights and condition -> where, and how strongly, a LoRA would act."""
 
-    def __init__(self, config: HypernetworkConfig, base: BaseDescription, statistics: TargetStatistics):
+    def __init__(
+        self, config: HypernetworkConfig, base: BaseDescription, statistics: TargetStatistics | None
+    ):
         super().__init__()
         self.trunk = Trunk(config, base.layers, with_features=False)
-        self.heads = FactorHeads(config, statistics)
-        self.row_deviation = nn.Linear(config.width, config.patch)
-        self.column_deviation = nn.Linear(config.width, config.patch)
-        for head in (self.row_deviation, self.column_deviation):
-            nn.init.zeros_(head.weight)
-            nn.init.zeros_(head.bias)
+        self.heads = (
+            PooledHeads(config, with_alpha=False) if statistics is None else LocalHeads(config, statistics)
+        )
+        if statistics is not None:
+            self.row_deviation = nn.Linear(config.width, config.patch)
+            self.column_deviation = nn.Linear(config.width, config.patch)
+            for head in (self.row_deviation, self.column_deviation):
+                nn.init.zeros_(head.weight)
+                nn.init.zeros_(head.bias)
 
     def forward(self, weights: Tensor, index: Tensor, condition: Condition) -> Response:
         """Weights [N, out, in] of the layers `index` [N], B projected conditions -> Response."""
         features = self.trunk(weights, index, condition, None)
+        if isinstance(self.heads, PooledHeads):
+            A, B = self.heads(self.trunk.pooled(features))
+            return ScoreResponse(A, B, features)
         rows, columns = self.trunk.by_row_and_column(features)
         A, B = self.heads(rows, columns, index)
-        return Response(
-            A,
-            B,
-            self.row_deviation(rows).flatten(-2)
-            + self.heads.statistics.delta_log_deviation[index].unsqueeze(-1),
-            self.column_deviation(columns).flatten(-2),
-            features,
-        )
+        row_deviation = self.row_deviation(rows).flatten(-2)
+        row_deviation = row_deviation + self.heads.statistics.delta_log_deviation[index].unsqueeze(-1)
+        return GaussianResponse(A, B, features, row_deviation, self.column_deviation(columns).flatten(-2))
 
 
 class LoRAPredictor(nn.Module):
     """Stage II (eq. 5): base weights, condition and Stage I's features -> A and B."""
 
-    def __init__(self, config: HypernetworkConfig, base: BaseDescription, statistics: TargetStatistics):
+    def __init__(
+        self, config: HypernetworkConfig, base: BaseDescription, statistics: TargetStatistics | None
+    ):
         super().__init__()
         self.trunk = Trunk(config, base.layers, with_features=True)
-        self.heads = FactorHeads(config, statistics)
+        self.heads = (
+            PooledHeads(config, with_alpha=True) if statistics is None else LocalHeads(config, statistics)
+        )
 
     def start_from(self, stage1: ResponsePredictor) -> None:
         """Copy Stage I's trunk and factor heads (section 3.3); attention to features starts as no
         contribution.
         """
         self.trunk.load_state_dict(stage1.trunk.state_dict(), strict=False)
-        self.heads.load_state_dict(stage1.heads.state_dict())
+        self.heads.load_state_dict(stage1.heads.state_dict(), strict=False)
         self.trunk.silence_features()
 
     def forward(
         self, weights: Tensor, index: Tensor, condition: Condition, features: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """(A [B, N, r, in], B [B, N, out, r]); dW = B A."""
+        """(A [B, N, r, in], B [B, N, out, r]); dW = B A, an alpha of its own is multiplied into B."""
         tokens = self.trunk(weights, index, condition, features)
+        if isinstance(self.heads, PooledHeads):
+            token = self.trunk.pooled(tokens)
+            A, B = self.heads(token)
+            return A, B.float() * self.heads.alpha(token)[..., None, None]
         return self.heads(*self.trunk.by_row_and_column(tokens), index)
 
 
 class Hypernetwork(nn.Module):
-    """Stage I and Stage II with what they were trained for (eq. 2: f(C, W) -> dW)."""
+    """Stage I and Stage II with what they were trained for (eq. 2: f(C, W) -> dW).
+
+    `statistics` is None with the pooled readout, which predicts A and B as they are.
+    """
 
     def __init__(self, config: HypernetworkConfig, base: BaseDescription, condition: ConditionDescription):
         super().__init__()
         self.config, self.base, self.condition = config, base, condition
-        self.statistics = TargetStatistics(
-            len(base.layers), config.rank, config.out_features, config.in_features
+        self.statistics = (
+            TargetStatistics(len(base.layers), config.rank, config.out_features, config.in_features)
+            if config.readout == "local"
+            else None
         )
         self.stage1 = ResponsePredictor(config, base, self.statistics)
         self.stage2 = LoRAPredictor(config, base, self.statistics)
+
+    @classmethod
+    def unfilled(
+        cls, config: HypernetworkConfig, base: BaseDescription, condition: ConditionDescription
+    ) -> "Hypernetwork":
+        """The network without memory for its weights, to be `filled`."""
+        with torch.device("meta"):
+            return cls(config, base, condition)
+
+    def filled(self, tensors: Mapping[str, Tensor]) -> "Hypernetwork":
+        """This network for prediction, holding these very tensors, by the names of `state_dict()`."""
+        self.load_state_dict(tensors, strict=False, assign=True)
+        return self.eval().requires_grad_(False)
+
+    def own_state(self) -> dict[str, Tensor]:
+        """`state_dict()` with the statistics, one module under three names, by the first of them alone."""
+        return {key: value for key, value in self.state_dict().items() if ".heads.statistics." not in key}
 
     def forward(self, weights: Tensor, index: Tensor, condition: Tensor) -> tuple[Tensor, Tensor, Response]:
         """Weights [N, out, in] of the layers `index` [N], condition tokens [B, S, d] -> (A, B, Stage I's

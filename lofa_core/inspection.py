@@ -8,11 +8,12 @@ from pathlib import Path
 from torch import Tensor
 
 from .base_models import BaseWeights, TargetLayer, describe, open_safetensors
-from .checkpoint import FORMAT, load_hypernetwork
+from .checkpoint import FORMAT, describe_hypernetwork
 from .descriptions import LayerDescription
 from .key_names import LAYOUTS, canonical_name, default_layout, layout_name
 from .lora import LoRA
 from .lora_files import load_lora
+from .released import describe_released, read_stage, stage_of
 
 CONDITION_KEY = "text_emb"
 _LAYOUT_WORDS = {
@@ -41,6 +42,8 @@ def inspect(path: Path | str) -> Description:
     path = Path(path)
     if path.is_dir() or path.suffix == ".json":
         return _base(path)
+    if path.suffix in (".pth", ".pt"):
+        return _released_stage(path)
     with open_safetensors(path) as handle:
         keys, metadata = list(handle.keys()), handle.metadata() or {}
     if metadata.get("format") == FORMAT:
@@ -114,7 +117,7 @@ def _lora_fits(lora: LoRA) -> str:
 
 
 def _hypernetwork(path: Path, metadata: dict[str, str]) -> Description:
-    hypernetwork = load_hypernetwork(path)
+    hypernetwork = describe_hypernetwork(path)
     with open_safetensors(path) as handle:  # as stored: in memory it is float32
         dtypes = _dtypes(handle.get_tensor(key) for key in handle.keys())
     base, condition = hypernetwork.base, hypernetwork.condition
@@ -133,6 +136,34 @@ def _hypernetwork(path: Path, metadata: dict[str, str]) -> Description:
             ("layout", "LoFA's own, both stages in one file"),
             ("fits", f"{base.name}, fingerprint {base.fingerprint or 'not recorded'}"),
             *((name, metadata[name]) for name in ("notes",) if name in metadata),
+        ),
+    )
+
+
+def _released_stage(path: Path) -> Description:
+    published = read_stage(path)
+    stage = stage_of(published)
+    if stage is None:
+        raise ValueError(
+            f"{path}: not a stage of LoFA_v0, the only .pth files that LoFA knows. "
+            "Check that it is the file you meant."
+        )
+    try:
+        config, base, condition = describe_released(published)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    number, other = ("I", "stage2") if stage == "stage1" else ("II", "stage1")
+    return Description(
+        f"Stage {number} of LoFA_v0, one of the two published files",
+        (
+            ("target layers", _shapes(Counter(layer.shape for layer in base.layers))),
+            ("blocks", _blocks(base.layers)),
+            ("rank", f"{config.rank}"),
+            ("condition", f"{condition.kind}, {condition.width} numbers per token; any words"),
+            ("parameters", f"{sum(tensor.numel() for tensor in published.values()):,}"),
+            ("dtype", _dtypes(published.values())),
+            ("layout", f"the published one; `python -m lofa_core convert` joins it with its {other} file"),
+            ("fits", base.name),
         ),
     )
 

@@ -2,7 +2,7 @@
 
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,10 +126,14 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: Path | str, metadata:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: there is no folder {path.parent} to write into. Make it first.")
     # Tensors may share memory (one A for all layers, slices of one batch), which the format cannot say.
-    own = {
-        key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for key, tensor in tensors.items()
-    }
+    seen: set[int] = set()
+    own = {}
+    for key, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        alone = storage.nbytes() == tensor.nbytes and storage.data_ptr() not in seen
+        seen.add(storage.data_ptr())
+        own[key] = tensor if alone else tensor.clone()
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         unfinished.touch()
@@ -145,6 +149,24 @@ def read_safetensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str
     """(tensors, metadata) of a safetensors file. FileNotFoundError, or ValueError naming a damaged file."""
     with open_safetensors(Path(path)) as handle:
         return {key: handle.get_tensor(key) for key in handle.keys()}, handle.metadata() or {}
+
+
+def each_tensor(path: Path | str) -> Iterator[tuple[str, Tensor]]:
+    """(key, tensor) after another of a large safetensors file; copy what you keep.
+
+    The file is mapped anew every 256 MB: what was read and let go does not stay in memory. Raises as
+    `read_safetensors`.
+    """
+    with open_safetensors(Path(path)) as handle:
+        keys = list(handle.keys())
+    while keys:
+        with open_safetensors(Path(path)) as handle:
+            read = 0
+            while keys and read < 2**28:
+                tensor = handle.get_tensor(keys[0])
+                read += tensor.nbytes
+                yield keys.pop(0), tensor
+            del tensor
 
 
 @dataclass(frozen=True)

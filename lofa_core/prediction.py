@@ -1,26 +1,54 @@
 """Prediction: base weights + condition -> response -> LoRA, layer batch by layer batch."""
 
-import copy
+import gc
+import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .base_models import BaseWeights, TargetLayer
-from .hypernetwork import Hypernetwork
+from .hypernetwork import Hypernetwork, Response
 from .lora import LoRA, LoRALayer
 
 Progress = Callable[[int, int], None]  # (layers done, layers in all)
+log = logging.getLogger(__name__)
+
+# Tokens in one batch: enough to keep the processor busy, few enough that activations stay small.
+CPU_TOKENS, GPU_TOKENS = 2_048, 16_384
+
+
+class ResponseMaps(Mapping[str, Tensor]):
+    """Layer name -> P(|dW| > 0.02 |W|), float32 [out, in] on the CPU, computed when it is asked for.
+
+    It keeps Stage I's low-rank answer, 24 times smaller than the maps of WAN2.1-1.3B, and reads the base
+    weight again where the probability depends on it.
+    """
+
+    def __init__(self, responses: Mapping[str, tuple[Response, TargetLayer]], base: BaseWeights):
+        self._responses, self._base = dict(responses), base
+
+    def __getitem__(self, name: str) -> Tensor:
+        response, layer = self._responses[name]
+        with torch.no_grad():
+            weights = self._base.read(layer).cpu() if response.needs_weights else torch.empty(0)
+            return response.probability(weights.unsqueeze(0))[0, 0]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._responses)
+
+    def __len__(self) -> int:
+        return len(self._responses)
 
 
 @dataclass
 class Prediction:
-    """A predicted LoRA; `responses` maps layer names to P(|dW| > 0.02 |W|), float32 [out, in] on the CPU."""
+    """A predicted LoRA, Stage I's response maps by layer name, and the seconds both took."""
 
     lora: LoRA
-    responses: dict[str, Tensor] = field(default_factory=dict)
+    responses: ResponseMaps
     seconds: float = 0.0
 
 
@@ -50,35 +78,40 @@ def predict(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     batch_size: int | None = None,
-    want_response: bool = True,
     progress: Progress | None = None,
     check_cancelled: Callable[[], None] | None = None,
 ) -> Prediction:
     """Predict the LoRA for one condition [1, S, d] (LoFA eq. 2); rows of zeros after its end are padding.
 
-    Runs on `device` in `dtype`, `batch_size` layers at a time (None: all), and reports after each batch.
-    `check_cancelled` is called before each batch and may raise; nothing is kept then.
+    Runs on `device` in `dtype`, `batch_size` layers at a time (None: what the device does best), and reports
+    after each batch. A batch that does not fit into memory is halved and done again; MemoryError where one
+    layer alone does not fit. `check_cancelled` is called before each batch and may raise; nothing is kept
+    then.
     """
     started = time.perf_counter()
-    hypernetwork = _placed(hypernetwork, device, dtype)
-    layers, responses = {}, {}
-    for index, weights, condition_on_device in _batches(
-        hypernetwork, base, condition, device, dtype, batch_size, progress, check_cancelled
-    ):
-        A, B, response = hypernetwork(weights, index, condition_on_device)
-        maps = response.probability(weights)[0].cpu() if want_response else None
-        for row, layer in enumerate(index.tolist()):
-            name = hypernetwork.base.layers[layer].name
-            layers[name] = LoRALayer(
-                A[0, row].float().cpu(), B[0, row].float().cpu(), float(hypernetwork.config.rank)
-            )
-            if maps is not None:
-                responses[name] = maps[row]
-    metadata = {"lofa_condition": hypernetwork.condition.kind, "lofa_base": hypernetwork.base.name}
-    if base.fingerprint() != hypernetwork.base.fingerprint:
+    network, given = _ready(hypernetwork, condition, device, dtype)
+    projected = network.stage1.trunk.project(given), network.stage2.trunk.project(given)
+    layers: dict[str, LoRALayer] = {}
+    responses: dict[str, tuple[Response, TargetLayer]] = {}
+
+    def batch(index: Tensor, weights: Tensor, chosen: list[TargetLayer]) -> None:
+        response = network.stage1(weights, index, projected[0])
+        A, B = network.stage2(weights, index, projected[1], response.features)
+        A, B = A[0].float().cpu(), B[0].float().cpu()
+        for row, layer in enumerate(chosen):
+            layers[layer.name] = LoRALayer(A[row], B[row], float(network.config.rank))
+            responses[layer.name] = (response.layer(row), layer)
+
+    _in_batches(network, base, device, batch_size, batch, progress, check_cancelled)
+    fingerprint, known = base.fingerprint(), hypernetwork.base.fingerprint
+    metadata = {
+        "lofa_condition": hypernetwork.condition.kind,
+        "lofa_base": hypernetwork.base.name,
+        "lofa_base_fingerprint": fingerprint,
+    }
+    if known and fingerprint != known:
         metadata["lofa_note"] = "predicted for other weights than the hypernetwork was trained with"
-    lora = LoRA(layers, metadata)
-    return Prediction(lora, responses, time.perf_counter() - started)
+    return Prediction(LoRA(layers, metadata), ResponseMaps(responses, base), time.perf_counter() - started)
 
 
 @torch.no_grad()
@@ -92,33 +125,25 @@ def predict_response(
     batch_size: int | None = None,
     progress: Progress | None = None,
     check_cancelled: Callable[[], None] | None = None,
-) -> dict[str, Tensor]:
-    """Stage I alone: layer name -> P(|dW| > 0.02 |W|), float32 [out, in] on the CPU. Arguments as of
-    `predict`.
-    """
-    hypernetwork = _placed(hypernetwork, device, dtype)
-    responses = {}
-    for index, weights, condition_on_device in _batches(
-        hypernetwork, base, condition, device, dtype, batch_size, progress, check_cancelled
-    ):
-        stage1 = hypernetwork.stage1
-        maps = stage1(weights, index, stage1.trunk.project(condition_on_device)).probability(weights)[0].cpu()
-        for row, layer in enumerate(index.tolist()):
-            responses[hypernetwork.base.layers[layer].name] = maps[row]
-    return responses
+) -> ResponseMaps:
+    """Stage I alone. Arguments as of `predict`."""
+    network, given = _ready(hypernetwork, condition, device, dtype)
+    projected = network.stage1.trunk.project(given)
+    responses: dict[str, tuple[Response, TargetLayer]] = {}
+
+    def batch(index: Tensor, weights: Tensor, chosen: list[TargetLayer]) -> None:
+        response = network.stage1(weights, index, projected)
+        responses.update({layer.name: (response.layer(row), layer) for row, layer in enumerate(chosen)})
+
+    _in_batches(network, base, device, batch_size, batch, progress, check_cancelled)
+    return ResponseMaps(responses, base)
 
 
-def _placed(hypernetwork: Hypernetwork, device: torch.device | str, dtype: torch.dtype) -> Hypernetwork:
-    """The network on `device` in `dtype`; a copy where it would lose precision, so that the caller's stays
-    exact.
-    """
-    held = next(hypernetwork.parameters()).dtype
-    return (hypernetwork if held == dtype else copy.deepcopy(hypernetwork)).to(device=device, dtype=dtype)
-
-
-def _batches(hypernetwork, base, condition, device, dtype, batch_size, progress, check_cancelled):
-    """Yield (index [N], weights [N, out, in] float32, condition) on the device, of one batch of layers after
-    another.
+def _ready(
+    hypernetwork: Hypernetwork, condition: Tensor, device: torch.device | str, dtype: torch.dtype
+) -> tuple[Hypernetwork, Tensor]:
+    """(the network on `device` in `dtype`, the condition likewise); a copy, so that the caller's network
+    stays where and as exact as it is.
     """
     if condition.ndim != 3 or len(condition) != 1 or condition.shape[2] != hypernetwork.condition.width:
         raise ValueError(
@@ -126,16 +151,68 @@ def _batches(hypernetwork, base, condition, device, dtype, batch_size, progress,
             f"{hypernetwork.condition.width}] ({hypernetwork.condition.kind}). "
             "Encode it with the encoder it was trained with."
         )
+    held, wanted = next(hypernetwork.parameters()), torch.empty(0, device=device, dtype=dtype)
+    if held.dtype != dtype or held.device != wanted.device:
+        copied = Hypernetwork.unfilled(hypernetwork.config, hypernetwork.base, hypernetwork.condition)
+        tensors = {key: tensor.to(wanted) for key, tensor in hypernetwork.own_state().items()}
+        hypernetwork = copied.filled(tensors).to(device)
+    return hypernetwork, condition.to(wanted)
+
+
+def _in_batches(
+    hypernetwork: Hypernetwork,
+    base: BaseWeights,
+    device: torch.device | str,
+    batch_size: int | None,
+    batch: Callable[[Tensor, Tensor, list[TargetLayer]], None],
+    progress: Progress | None,
+    check_cancelled: Callable[[], None] | None,
+) -> None:
+    """Call `batch` with (index [N], weights [N, out, in] float32, layers) until all layers are done."""
     if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size = {batch_size}: expected at least 1 layer, or None for all at once.")
+        raise ValueError(f"batch_size = {batch_size}: expected at least 1 layer, or None.")
     layers = fitting_layers(hypernetwork, base)
-    condition = condition.to(device=device, dtype=dtype)
-    size = batch_size or len(layers)
-    for start in range(0, len(layers), size):
+    size, done = batch_size or default_batch_size(hypernetwork, device), 0
+    while done < len(layers):
         if check_cancelled is not None:
             check_cancelled()
-        chosen = layers[start : start + size]
-        weights = torch.stack([base.read(layer).float() for layer in chosen]).to(device)
-        yield torch.arange(start, start + len(chosen), device=device), weights, condition
-        if progress is not None:
-            progress(start + len(chosen), len(layers))
+        chosen = layers[done : done + size]
+        if _fits(batch, base, chosen, done, device):
+            done += len(chosen)
+            if progress is not None:
+                progress(done, len(layers))
+            continue
+        if len(chosen) == 1:
+            raise MemoryError(
+                f"There is not enough memory on {device} to predict even one layer at a time. "
+                "Close other programs, or use another device or bfloat16."
+            )
+        size = len(chosen) // 2
+        log.warning("Not enough memory on %s; going on with %d layers at a time.", device, size)
+        gc.collect()
+        if torch.device(device).type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def default_batch_size(hypernetwork: Hypernetwork, device: torch.device | str) -> int:
+    """Layers at a time that use the device well."""
+    trunk = hypernetwork.stage1.trunk
+    tokens = CPU_TOKENS if torch.device(device).type == "cpu" else GPU_TOKENS
+    return max(1, tokens // (trunk.rows * trunk.columns))
+
+
+def _fits(batch, base: BaseWeights, chosen: list[TargetLayer], start: int, device) -> bool:
+    """Do one batch; False where memory ran out. Here, so that nothing of the failed batch stays alive."""
+    try:
+        weights = torch.stack([base.read(layer).to(device).float() for layer in chosen])
+        batch(torch.arange(start, start + len(chosen), device=device), weights, chosen)
+    except (RuntimeError, MemoryError) as error:
+        if not _out_of_memory(error):
+            raise
+        return False
+    return True
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    # On the CPU PyTorch raises a plain RuntimeError, which only its words tell from others.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -9,18 +9,24 @@ from torch.nn import functional as F
 
 from .descriptions import HypernetworkConfig, LayerDescription
 
+KeysValues = tuple[Tensor, Tensor]  # [M, heads, S, head width] each
+
 
 @dataclass
 class Condition:
-    """A batch of conditions, projected once for all layers: tokens [B, S, d], mask [B, S], summary [B, d]."""
+    """A batch of B conditions, projected once for all layers.
 
-    tokens: Tensor
-    mask: Tensor
-    summary: Tensor
+    keys_values: one pair a block. bias [B, 1, 1, S]: added to the attention scores, None where every row
+    counts once. summary [B, d]: what FiLM is made from, None without it.
+    """
+
+    keys_values: list[KeysValues]
+    bias: Tensor | None
+    summary: Tensor | None
 
 
 class Attention(nn.Module):
-    """Multi-head attention with normalised queries and keys; `context` None is self-attention."""
+    """Multi-head attention with normalised queries and keys."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -29,16 +35,21 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = nn.LayerNorm(width // heads), nn.LayerNorm(width // heads)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """x [..., T, d], context [..., S, d], mask [..., S] (True where a row counts)."""
-        q = self._split(self.q(x))
-        k, v = (self._split(part) for part in self.kv(x if context is None else context).chunk(2, dim=-1))
-        allowed = None if mask is None else mask[..., None, None, :]
-        y = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, attn_mask=allowed)
-        return self.proj(y.transpose(-2, -3).flatten(-2))
+    def keys_values(self, context: Tensor) -> KeysValues:
+        """What [M, S, d] is attended to by; the same context serves any number of `forward`s."""
+        # Two products instead of one: their outputs are contiguous, so that the norm needs no copy.
+        (k, v), (k_bias, v_bias) = self.kv.weight.chunk(2), self.kv.bias.chunk(2)
+        keys = self.k_norm(self._split(F.linear(context, k, k_bias)))
+        return keys.transpose(1, 2), self._split(F.linear(context, v, v_bias)).transpose(1, 2)
+
+    def forward(self, x: Tensor, keys_values: KeysValues, bias: Tensor | None = None) -> Tensor:
+        """x [M, T, d]; bias [M, 1, 1, S] is added to the scores."""
+        q = self.q_norm(self._split(self.q(x))).transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, *keys_values, attn_mask=bias)
+        return self.proj(y.transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(-2, -3)
+        return x.unflatten(-1, (self.heads, -1))
 
 
 class MLP(nn.Sequential):
@@ -49,124 +60,216 @@ class MLP(nn.Sequential):
 
 
 class Block(nn.Module):
-    """Self-attention within a layer's patches, attention to the condition, an MLP after each; FiLM on every
-    norm.
+    """Self-attention within a layer's patches, attention to the condition, an MLP after each.
+
+    Some blocks of Stage II then attend to Stage I's features (eq. 5); with LayerScale an MLP follows there
+    too, as in LoFA_v0.
     """
 
     def __init__(self, config: HypernetworkConfig, attends_to_features: bool):
         super().__init__()
-        width = config.width
-        self.norms = nn.ModuleList([nn.LayerNorm(width, elementwise_affine=False) for _ in range(4)])
-        self.film = nn.Linear(width, 8 * width)
-        nn.init.zeros_(self.film.weight)
-        nn.init.zeros_(self.film.bias)
+        width, film = config.width, config.modulation == "film"
+        feature_mlp = attends_to_features and not film
+        self.norms = nn.ModuleList(
+            nn.LayerNorm(width, 1e-5 if film else 1e-6, elementwise_affine=not film)
+            for _ in range(5 if feature_mlp else 4)
+        )
+        self.film = nn.Linear(width, 8 * width) if film else None
+        self.scales: nn.ParameterList | None = None  # LayerScale: one vector for each thing that is added
+        if self.film is None:
+            self.scales = nn.ParameterList(
+                nn.Parameter(torch.full((width,), 0.1)) for _ in range(6 if feature_mlp else 4)
+            )
+        else:
+            nn.init.zeros_(self.film.weight)
+            nn.init.zeros_(self.film.bias)
         self.self_attention = Attention(width, config.heads)
         self.self_mlp = MLP(width, config.mlp_ratio)
         self.cross_attention = Attention(width, config.heads)
         self.cross_mlp = MLP(width, config.mlp_ratio)
         self.feature_attention = Attention(width, config.heads) if attends_to_features else None
+        self.feature_mlp = MLP(width, config.mlp_ratio) if feature_mlp else None
 
-    def forward(self, x: Tensor, condition: Condition, code: Tensor, features: Tensor | None) -> Tensor:
-        """x [B, N, T, d], code [B, N, d] (condition and layer), features [B, N, T, d] of Stage I."""
-        film = self.film(code).unsqueeze(-2).chunk(8, dim=-1)
-
-        def normed(i: int, x: Tensor) -> Tensor:
-            return self.norms[i](x) * (1.0 + film[2 * i]) + film[2 * i + 1]
-
-        x = x + self.self_attention(normed(0, x))
-        x = x + self.self_mlp(normed(1, x))
-        # The condition's keys and values are shared by all layers: their tokens stand in one row of queries.
-        asked = self.cross_attention(normed(2, x).flatten(1, 2), condition.tokens, condition.mask)
-        x = x + asked.view_as(x)
-        x = x + self.cross_mlp(normed(3, x))
+    def forward(
+        self,
+        x: Tensor,
+        keys_values: KeysValues,
+        bias: Tensor | None,
+        code: Tensor | None,
+        features: Tensor | None,
+    ) -> Tensor:
+        """x [B N, T, d]; keys, values and bias of B conditions; code [B N, d] (condition and layer) for FiLM;
+        features [B N, T', d] of Stage I.
+        """
+        film = None if self.film is None or code is None else self.film(code).unsqueeze(1).chunk(8, dim=-1)
+        h = self._normed(0, x, film)
+        x = self._add(0, x, self.self_attention(h, self.self_attention.keys_values(h)))
+        x = self._add(1, x, self.self_mlp(self._normed(1, x, film)))
+        # All layers share the condition's keys and values: their tokens stand in one row of queries.
+        rows = self._normed(2, x, film).reshape(len(keys_values[0]), -1, x.shape[-1])
+        x = self._add(2, x, self.cross_attention(rows, keys_values, bias).view_as(x))
+        x = self._add(3, x, self.cross_mlp(self._normed(3, x, film)))
         if self.feature_attention is not None and features is not None:
-            x = x + self.feature_attention(x, features)
+            asked = self.feature_attention(x, self.feature_attention.keys_values(features))
+            x = self._add(4, x, asked)
+            if self.feature_mlp is not None:
+                x = self._add(5, x, self.feature_mlp(self._normed(4, x, None)))
         return x
+
+    def _normed(self, i: int, x: Tensor, film: tuple[Tensor, ...] | None) -> Tensor:
+        x = self.norms[i](x)
+        return x if film is None else torch.addcmul(film[2 * i + 1], x, 1.0 + film[2 * i])
+
+    def _add(self, i: int, x: Tensor, y: Tensor) -> Tensor:
+        return x + y if self.scales is None else torch.addcmul(x, y, self.scales[i])
 
 
 class Trunk(nn.Module):
-    """W, layer and condition -> tokens: one summary token and one per patch."""
+    """W, layer and condition -> tokens: one summary token (where the design has it) and one per patch."""
 
     depth_of: Tensor  # int64 [L]: which depth and which kind each target layer has
     kind_of: Tensor
 
     def __init__(self, config: HypernetworkConfig, layers: tuple[LayerDescription, ...], with_features: bool):
         super().__init__()
-        width, side = config.width, config.patch
-        self.side = side
+        width, side, film = config.width, config.patch, config.modulation == "film"
+        self.config, self.side = config, side
         self.rows, self.columns = config.out_features // side, config.in_features // side
         kinds = list(dict.fromkeys(layer.kind for layer in layers))
-        self.register_buffer("depth_of", torch.tensor([layer.depth for layer in layers]), persistent=False)
-        self.register_buffer(
-            "kind_of", torch.tensor([kinds.index(layer.kind) for layer in layers]), persistent=False
+        # On the CPU even where the network itself is built on the meta device, to be filled from a file.
+        with torch.device("cpu"):
+            depth_of = torch.tensor([layer.depth for layer in layers])
+            kind_of = torch.tensor([kinds.index(layer.kind) for layer in layers])
+        self.register_buffer("depth_of", depth_of, persistent=False)
+        self.register_buffer("kind_of", kind_of, persistent=False)
+        channels = 2 if config.weight_input == "magnitude" else 1
+        self.patch_embed = nn.Linear(channels * side * side, width)
+        # The eps is float32's in every dtype: bfloat16's own, 0.008, would change what is computed.
+        self.patch_norm = (
+            nn.RMSNorm(width, eps=torch.finfo(torch.float32).eps)
+            if config.weight_input == "column_rms"
+            else None
         )
-        self.patch_embed = nn.Linear(2 * side * side, width)
         self.row_position = nn.Parameter(0.5 * torch.randn(self.rows, 1, width))
         self.column_position = nn.Parameter(0.5 * torch.randn(1, self.columns, width))
-        self.cls_token = nn.Parameter(0.5 * torch.randn(width))
+        self.cls_token = nn.Parameter(0.5 * torch.randn(width)) if config.cls_token else None
         self.depth_embedding = nn.Embedding(1 + max(layer.depth for layer in layers), width)
         self.kind_embedding = nn.Embedding(len(kinds), width)
-        self.code = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU())
         self.condition_proj = nn.Linear(config.condition_width, width)
-        self.pooling_queries = nn.Parameter(torch.randn(config.pooling_queries, width) / width**0.5)
-        self.summary = nn.Linear(config.pooling_queries * width, width)
+        if film:
+            self.code = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+            self.pooling_queries = nn.Parameter(torch.randn(config.pooling_queries, width) / width**0.5)
+            self.summary = nn.Linear(config.pooling_queries * width, width)
         self.blocks = nn.ModuleList(
             Block(config, with_features and index in config.feature_blocks) for index in range(config.blocks)
         )
         self.norm = nn.LayerNorm(width)
 
     def project(self, condition: Tensor) -> Condition:
-        """Condition tokens [B, S, condition_width] -> what the blocks attend to. Zero rows are padding."""
-        mask = (condition != 0).any(-1)
-        if not mask.any(1).all():
+        """Condition tokens [B, S, condition_width] -> what the blocks attend to. Zero rows are padding.
+
+        Raises ValueError where a condition is nothing but padding.
+        """
+        rows, bias = self._rows_that_count(condition)
+        tokens = self.condition_proj(rows)
+        keys_values = [block.cross_attention.keys_values(tokens) for block in self._each_block()]
+        scores_bias = None if bias is None else bias[:, None, None, :]
+        if self.config.modulation != "film":
+            return Condition(keys_values, scores_bias, None)
+        scores = self.pooling_queries @ tokens.transpose(-1, -2)
+        pooled = (scores if bias is None else scores + bias.unsqueeze(1)).softmax(-1) @ tokens
+        return Condition(keys_values, scores_bias, self.summary(pooled.flatten(1)))
+
+    def _rows_that_count(self, condition: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Rows [B, S', condition_width] without the padding after the longest prompt, and what to add to
+        their attention scores [B, S'].
+
+        Padding is left out; or, where it is attended to, one row of zeros stands for all of them: n equal
+        keys with equal values weigh as one whose score is log n higher.
+        """
+        padding = (condition == 0).all(-1)
+        if padding.all(1).any():
             raise ValueError("the condition has no tokens: every row of it is zero")
-        tokens = self.condition_proj(condition)
-        scores = (self.pooling_queries @ tokens.transpose(-1, -2)).masked_fill(
-            ~mask.unsqueeze(1), float("-inf")
-        )
-        pooled = scores.softmax(-1) @ tokens
-        return Condition(tokens, mask, self.summary(pooled.flatten(1)))
+        if not padding.any():
+            return condition, None
+        longest = int((~padding).any(0).nonzero().max()) + 1
+        rows = condition[:, :longest]
+        bias = torch.zeros_like(rows[..., 0]).masked_fill(padding[:, :longest], float("-inf"))
+        if self.config.mask_padding:
+            return rows, bias
+        zeros = padding.sum(1, keepdim=True).to(bias.dtype)
+        return torch.cat([rows, torch.zeros_like(rows[:, :1])], 1), torch.cat([bias, zeros.log()], 1)
 
     def forward(
         self, weights: Tensor, index: Tensor, condition: Condition, features: Tensor | None
     ) -> Tensor:
-        """Weights [N, out, in] of the layers `index` [N] -> tokens [B, N, 1 + rows * columns, width]."""
+        """Weights [N, out, in] of the layers `index` [N] -> tokens [B, N, T, width]; features likewise.
+
+        T = rows * columns, and one more with a CLS token, which comes first.
+        """
         layer = self.depth_embedding(self.depth_of[index]) + self.kind_embedding(self.kind_of[index])
-        patches = self.patch_embed(self._patches(weights)) + (
-            self.row_position + self.column_position
-        ).flatten(0, 1)
-        tokens = torch.cat([self.cls_token.expand(len(weights), 1, -1), patches], 1) + layer.unsqueeze(1)
-        x = tokens.expand(len(condition.tokens), -1, -1, -1)
-        code = self.code(condition.summary.unsqueeze(1) + layer)
-        for block in self.blocks:
-            x = block(x, condition, code, features)
-        return self.norm(x)
+        tokens = self.patch_embed(self._patches(weights))
+        if self.patch_norm is not None:
+            tokens = self.patch_norm(tokens)
+        tokens = tokens + (self.row_position + self.column_position).flatten(0, 1) + layer.unsqueeze(1)
+        if self.cls_token is not None:
+            # LoFA_v0 does not tell this token which layer it is in.
+            own = (
+                self.cls_token + layer
+                if self.config.modulation == "film"
+                else self.cls_token.expand_as(layer)
+            )
+            tokens = torch.cat([own.unsqueeze(1), tokens], 1)
+        conditions = len(condition.keys_values[0][0])
+        x = tokens.expand(conditions, -1, -1, -1).flatten(0, 1)
+        features = None if features is None else features.flatten(0, 1)
+        code = None
+        if condition.summary is not None:
+            code = self.code(condition.summary.unsqueeze(1) + layer).flatten(0, 1)
+        for block, keys_values in zip(self.blocks, condition.keys_values, strict=True):
+            x = block(x, keys_values, condition.bias, code, features)
+        return self.norm(x).unflatten(0, (conditions, -1))
 
     def silence_features(self) -> None:
         """Make attention to Stage I's features contribute nothing, until it is trained to."""
-        for attention in (block.feature_attention for block in self._each_block()):
-            if attention is not None:
-                nn.init.zeros_(attention.proj.weight)
-                nn.init.zeros_(attention.proj.bias)
+        for block in self._each_block():
+            for last in (
+                None if block.feature_attention is None else block.feature_attention.proj,
+                None if block.feature_mlp is None else block.feature_mlp[2],
+            ):
+                if isinstance(last, nn.Linear):
+                    nn.init.zeros_(last.weight)
+                    nn.init.zeros_(last.bias)
 
     def _each_block(self) -> Iterator[Block]:
         return (block for block in self.blocks if isinstance(block, Block))
 
     def _patches(self, weights: Tensor) -> Tensor:
-        """[N, out, in] -> [N, patches, 2 side^2]: values in units of the layer's deviation, and their log
-        magnitude.
+        """[N, out, in] -> [N, patches, channels * side^2], as `weight_input` says.
 
-        Magnitudes decide the response map (most of it is 1 / |W|), so they are kept, per layer, as a channel
-        of their own.
+        Magnitudes decide the response map (most of it is 1 / |W|), so "magnitude" keeps them, per layer, as a
+        channel of their own; "column_rms" divides the differences between columns away.
         """
-        scaled = weights.float() / weights.float().std(dim=(1, 2), keepdim=True).clamp_min(1e-12)
-        log_magnitude = scaled.abs().clamp_min(1e-3).log() + 1.0  # about zero mean for Gaussian weights
-        both = torch.stack([scaled, log_magnitude], 1)
-        grid = both.unflatten(3, (self.columns, self.side)).unflatten(2, (self.rows, self.side))
-        patches = grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-        return patches.to(self.patch_embed.weight.dtype)
+        weights = weights.float()
+        if self.config.weight_input == "column_rms":
+            power = weights.square().mean(1, keepdim=True)
+            channels = (weights * torch.rsqrt(power + 1e-6)).unsqueeze(1)
+        else:
+            scaled = weights / weights.std(dim=(1, 2), keepdim=True).clamp_min(1e-12)
+            # plus one: about zero mean for Gaussian weights
+            channels = torch.stack([scaled, scaled.abs().clamp_min(1e-3).log() + 1.0], 1)
+        channels = channels.to(self.patch_embed.weight.dtype)
+        grid = channels.unflatten(3, (self.columns, self.side)).unflatten(2, (self.rows, self.side))
+        return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
     def by_row_and_column(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens -> ([B, N, rows, d], [B, N, columns, d]): means over the other axis plus the CLS token."""
+        if self.cls_token is None:
+            grid = tokens.unflatten(-2, (self.rows, self.columns))
+            return grid.mean(-2), grid.mean(-3)
         cls, grid = tokens[..., :1, :], tokens[..., 1:, :].unflatten(-2, (self.rows, self.columns))
         return grid.mean(-2) + cls, grid.mean(-3) + cls
+
+    def pooled(self, tokens: Tensor) -> Tensor:
+        """Tokens -> [B, N, d], their mean. Without a CLS token LoFA_v0 leaves out the first patch."""
+        return (tokens if self.cls_token is not None else tokens[..., 1:, :]).mean(-2)

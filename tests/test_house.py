@@ -24,6 +24,7 @@ CORE = {"torch", "safetensors", "numpy"}
 # Files of lofa_core that may import more, inside functions or not.
 CORE_EXTRAS = {
     "lofa_core/__main__.py": {"rich", "PIL"},
+    "lofa_core/console.py": {"rich"},
     "lofa_core/conditions/text.py": {"transformers", "sentencepiece"},
 }
 NODES = CORE | {"comfy_api"}

@@ -8,7 +8,7 @@ import torch
 from tiny import CONFIG, WORDS_WIDE, condition, describe, generator, network, weights
 from torch.nn import functional as F
 
-from lofa_core.hypernetwork import Response
+from lofa_core.hypernetwork import GaussianResponse
 from lofa_core.trunk import Attention
 
 
@@ -18,12 +18,12 @@ def close(a, b, tolerance=1e-5):
 
 def some_response(seed=0, out=5, into=7, rank=2, conditions=2, layers=3):
     draw = generator(seed)
-    return Response(
+    return GaussianResponse(
         torch.randn(conditions, layers, rank, into, generator=draw),
         0.1 * torch.randn(conditions, layers, out, rank, generator=draw),
+        torch.zeros(0),
         torch.randn(conditions, layers, out, generator=draw) - 2.0,
         0.3 * torch.randn(conditions, layers, into, generator=draw),
-        torch.zeros(0),
     )
 
 
@@ -56,7 +56,7 @@ def test_the_response_probability_is_how_often_samples_of_dw_respond():
 
 def test_a_tiny_probability_is_neither_zero_nor_rounded_and_a_threshold_of_zero_always_passes():
     zero = torch.zeros(1, 1, 1, 1)
-    response = Response(zero, zero, torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), zero)
+    response = GaussianResponse(zero, zero, zero, torch.zeros(1, 1, 1), torch.zeros(1, 1, 1))
     W = torch.full((1, 1, 1), 6.0 / 0.02)  # the edge lies six deviations out
     assert response.probability(W).item() == pytest.approx(math.erfc(6.0 / math.sqrt(2.0)), rel=1e-3)
     assert response.probability(W, threshold=0.0).item() == pytest.approx(1.0)
@@ -72,7 +72,8 @@ def test_attention_is_softmax_of_normalised_queries_and_keys_head_by_head():
         for parameter in attention.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     mask = torch.tensor([[True, True, False, True], [True, False, False, False]])
-    found = attention(x, context, mask)
+    bias = torch.zeros(2, 1, 1, 4).masked_fill(~mask[:, None, None], -math.inf)
+    found = attention(x, attention.keys_values(context), bias)
     for b in range(2):
         rows = [j for j in range(4) if mask[b, j]]
         q, kv = attention.q(x[b]), attention.kv(context[b])
@@ -142,7 +143,11 @@ def test_the_condition_is_pooled_by_learned_queries_over_its_tokens():
         weight = [math.exp((query @ token).item()) for token in tokens]
         pooled.append(sum(w / sum(weight) * token for w, token in zip(weight, tokens, strict=True)))
     assert close(found.summary[0], trunk.summary(torch.cat(pooled)))
-    assert found.mask.tolist() == [[True, True, True, False, False]]
+    assert found.bias.flatten().tolist() == [0.0, 0.0, 0.0]  # the padding is left out altogether
+    for block, (keys, values) in zip(trunk.blocks, found.keys_values, strict=True):
+        attention, rows = block.cross_attention, torch.stack(tokens)
+        wanted = attention.kv(rows)[:, 16:].unflatten(1, (2, 8)).transpose(0, 1)
+        assert keys.shape == values.shape == (1, 2, 3, 8) and close(values[0], wanted)
 
 
 def test_an_untrained_network_predicts_the_mean_lora_and_its_spread():

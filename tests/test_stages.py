@@ -9,7 +9,7 @@ import torch
 from tiny import condition, generator, network, weights
 from tiny_tasks import ACTIONS, Tasks, loras, sized_network
 
-from lofa_core.hypernetwork import Response
+from lofa_core.hypernetwork import GaussianResponse
 from training import flow
 from training.config import Stage1Config, Stage2Config
 from training.injection import target_modules
@@ -20,12 +20,12 @@ def test_stage_one_loss_is_cross_entropy_of_the_map_plus_the_likelihood_of_dw():
     draw = generator(0)
     W = torch.randn(2, 3, 4, generator=draw)
     A, B = torch.randn(2, 2, 2, 4, generator=draw), 0.02 * torch.randn(2, 2, 3, 2, generator=draw)
-    response = Response(
+    response = GaussianResponse(
         torch.randn(2, 2, 2, 4, generator=draw),
         0.02 * torch.randn(2, 2, 3, 2, generator=draw),
+        torch.zeros(0),
         torch.randn(2, 2, 3, generator=draw) - 3.0,
         0.5 * torch.randn(2, 2, 4, generator=draw),
-        torch.zeros(0),
     )
     probability = response.probability(W)
     cells = [(k, n, i, j) for k in range(2) for n in range(2) for i in range(3) for j in range(4)]
@@ -51,7 +51,7 @@ def test_stage_one_loss_is_lower_for_the_truth_and_does_not_burst_where_it_is_su
         0.01 * torch.randn(1, 4, 16, 2, generator=generator(2)),
     )
     deviation = torch.full((1, 4, 16), -6.0), torch.zeros(1, 4, 16)
-    right, wrong = (Response(a, B, *deviation, torch.zeros(0)) for a in (A, 30.0 * A))
+    right, wrong = (GaussianResponse(a, B, torch.zeros(0), *deviation) for a in (A, 30.0 * A))
     assert stage1_loss(right, W, A, B, 0.0) < 0.2 < stage1_loss(wrong, W, A, B, 0.0) < 14.0
 
 

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lofa_core.hypernetwork import Hypernetwork, Response
+from lofa_core.hypernetwork import GaussianResponse, Hypernetwork, Response
 from lofa_core.response_map import response_map
 
 from . import flow
@@ -25,7 +25,7 @@ _EMBEDDINGS = ("embedding", "patch_embed", "position", "cls_token", "pooling_que
 
 
 def stage1_loss(
-    response: Response, weights: Tensor, A: Tensor, B: Tensor, likelihood_weight: float
+    response: GaussianResponse, weights: Tensor, A: Tensor, B: Tensor, likelihood_weight: float
 ) -> Tensor:
     """Binary cross-entropy of the response map (eq. 4) + likelihood_weight x Gaussian negative log-likelihood
     of dW.

@@ -2,8 +2,11 @@
 on.
 """
 
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +16,7 @@ from ..backbones import from_unit, to_unit
 from . import vae as vae_module
 from . import world
 
+T = TypeVar("T")
 _LOOKS = (tuple(world.COLOURS), tuple(world.COLOURS), world.BACKDROPS)
 
 
@@ -67,23 +71,46 @@ class LatentClips:
         return cls(*(torch.cat([part[key] for part in parts]) for key in ("latents", "actions", "looks")))
 
 
-@torch.no_grad()
+def _on_all_cores(function: Callable[[Any], T], parts: Iterable[Any]) -> list[T]:
+    """`function` of each part, in order, without gradients; a part is computed by one thread.
+
+    The VAE takes few clips at a time (more leave the processor's caches), which are too small to share out.
+    """
+
+    def one(part: Any) -> T:
+        with torch.no_grad():  # which PyTorch remembers for each thread
+            return function(part)
+
+    with ThreadPoolExecutor(
+        torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        return list(pool.map(one, parts))
+
+
 def decode_clips(decoder: vae_module.WholeClipVAE, latents: torch.Tensor) -> np.ndarray:
     """Unit latents [N, 16, 5, 8, 8] -> uint8 clips [N, T, H, W, 3]."""
-    parts = latents.float().split(2)  # more at once leave the processor's caches and take longer a clip
-    return np.concatenate([vae_module.to_clips(decoder.decode(from_unit(z, decoder.model))) for z in parts])
+
+    def decode(part: torch.Tensor) -> np.ndarray:
+        return vae_module.to_clips(decoder.decode(from_unit(part, decoder.model)))
+
+    return np.concatenate(_on_all_cores(decode, latents.float().split(2)))
 
 
-@torch.no_grad()
 def encode_clips(vae: AutoencoderKLWan, actions: list[world.Action], each: int, seed: int) -> LatentClips:
     """Draw `each` clips of every action in random looks and encode them (posterior means)."""
     rng = np.random.default_rng(seed)
     encoder = vae_module.WholeClipVAE(vae)
-    latents, labels, looks = [], [], []
+    latents: list[torch.Tensor] = []
+    labels, looks = [], []
+
+    def encode(clips: np.ndarray) -> torch.Tensor:
+        # The layout decides how noise is drawn "like" a tensor, and convolutions choose it by processor.
+        return to_unit(encoder.encode(vae_module.to_video(clips)), vae).half().contiguous()
+
     for action in actions:
         shown = [world.random_look(rng) for _ in range(each)]
         clips = np.stack([world.draw_clip(action, look, rng) for look in shown])
-        latents.append(to_unit(encoder.encode(vae_module.to_video(clips)), vae).half())
+        latents += _on_all_cores(encode, [clips[start : start + 2] for start in range(0, each, 2)])
         labels += [action.indices()] * each
         looks += [
             [options.index(v) for options, v in zip(_LOOKS, (s.shirt, s.trousers, s.backdrop), strict=True)]
