@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from .descriptions import BaseDescription, ConditionDescription, HypernetworkConfig
 from .normalisation import TargetStatistics
 from .response_map import THRESHOLD
-from .trunk import Condition, Trunk
+from .trunk import Condition, Trunk, weight_patches
 
 
 @dataclass
@@ -48,14 +48,18 @@ class Response:
         """P(|dW| > threshold |W|) for weights [N, out, in]: [B, N, out, in] in float32 (section 3.2)."""
         raise NotImplementedError
 
-    def layer(self, row: int) -> "Response":
-        """The first condition's response of one of the N layers, in float32 on the CPU, without features."""
-        parts = {
-            part.name: getattr(self, part.name)[:1, row : row + 1].float().cpu()
-            for part in fields(self)
-            if part.name != "features"
-        }
+    def kept(self) -> "Response":
+        """What `probability` needs of it for the first condition, in float32 on the CPU."""
+        parts = {name: getattr(self, name)[:1].cpu().float() for name in self._factors()}
         return type(self)(**parts, features=torch.empty(0))
+
+    def layer(self, row: int) -> "Response":
+        """That of one of the N layers, without features."""
+        parts = {name: getattr(self, name)[:, row : row + 1] for name in self._factors()}
+        return type(self)(**parts, features=torch.empty(0))
+
+    def _factors(self) -> list[str]:
+        return [part.name for part in fields(self) if part.name != "features"]
 
 
 @dataclass
@@ -157,9 +161,9 @@ class ResponsePredictor(nn.Module):
                 nn.init.zeros_(head.weight)
                 nn.init.zeros_(head.bias)
 
-    def forward(self, weights: Tensor, index: Tensor, condition: Condition) -> Response:
-        """Weights [N, out, in] of the layers `index` [N], B projected conditions -> Response."""
-        features = self.trunk(weights, index, condition, None)
+    def forward(self, patches: Tensor, index: Tensor, condition: Condition) -> Response:
+        """Patches of the layers `index` [N], B projected conditions -> Response."""
+        features = self.trunk(patches, index, condition, None)
         if isinstance(self.heads, PooledHeads):
             A, B = self.heads(self.trunk.pooled(features))
             return ScoreResponse(A, B, features)
@@ -191,10 +195,10 @@ class LoRAPredictor(nn.Module):
         self.trunk.silence_features()
 
     def forward(
-        self, weights: Tensor, index: Tensor, condition: Condition, features: Tensor
+        self, patches: Tensor, index: Tensor, condition: Condition, features: Tensor
     ) -> tuple[Tensor, Tensor]:
         """(A [B, N, r, in], B [B, N, out, r]); dW = B A, an alpha of its own is multiplied into B."""
-        tokens = self.trunk(weights, index, condition, features)
+        tokens = self.trunk(patches, index, condition, features)
         if isinstance(self.heads, PooledHeads):
             token = self.trunk.pooled(tokens)
             A, B = self.heads(token)
@@ -236,10 +240,15 @@ class Hypernetwork(nn.Module):
         """`state_dict()` with the statistics, one module under three names, by the first of them alone."""
         return {key: value for key, value in self.state_dict().items() if ".heads.statistics." not in key}
 
+    def patches(self, weights: Tensor) -> Tensor:
+        """Weights [N, out, in] as both stages look at them: [N, patches, numbers] in the network's dtype."""
+        return weight_patches(weights, self.config).to(self.stage1.trunk.patch_embed.weight.dtype)
+
     def forward(self, weights: Tensor, index: Tensor, condition: Tensor) -> tuple[Tensor, Tensor, Response]:
         """Weights [N, out, in] of the layers `index` [N], condition tokens [B, S, d] -> (A, B, Stage I's
         response).
         """
-        response = self.stage1(weights, index, self.stage1.trunk.project(condition))
-        A, B = self.stage2(weights, index, self.stage2.trunk.project(condition), response.features)
+        patches = self.patches(weights)
+        response = self.stage1(patches, index, self.stage1.trunk.project(condition))
+        A, B = self.stage2(patches, index, self.stage2.trunk.project(condition), response.features)
         return A, B, response

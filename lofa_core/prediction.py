@@ -3,7 +3,7 @@
 import gc
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,10 +14,11 @@ from .hypernetwork import Hypernetwork, Response
 from .lora import LoRA, LoRALayer
 
 Progress = Callable[[int, int], None]  # (layers done, layers in all)
+Batch = Callable[[Tensor, Tensor, list[TargetLayer]], None]  # (patches, index [N], layers)
 log = logging.getLogger(__name__)
 
 # Tokens in one batch: enough to keep the processor busy, few enough that activations stay small.
-CPU_TOKENS, GPU_TOKENS = 2_048, 16_384
+CPU_TOKENS, GPU_TOKENS = 1_024, 16_384
 
 
 class ResponseMaps(Mapping[str, Tensor]):
@@ -27,14 +28,21 @@ class ResponseMaps(Mapping[str, Tensor]):
     weight again where the probability depends on it.
     """
 
-    def __init__(self, responses: Mapping[str, tuple[Response, TargetLayer]], base: BaseWeights):
-        self._responses, self._base = dict(responses), base
+    def __init__(self, base: BaseWeights):
+        self._base = base
+        self._responses: dict[str, tuple[Response, int, TargetLayer]] = {}
+
+    def add(self, response: Response, layers: Sequence[TargetLayer]) -> None:
+        """Keep the first condition's response of a batch of layers."""
+        kept = response.kept()
+        for row, layer in enumerate(layers):
+            self._responses[layer.name] = (kept, row, layer)
 
     def __getitem__(self, name: str) -> Tensor:
-        response, layer = self._responses[name]
+        response, row, layer = self._responses[name]
         with torch.no_grad():
             weights = self._base.read(layer).cpu() if response.needs_weights else torch.empty(0)
-            return response.probability(weights.unsqueeze(0))[0, 0]
+            return response.layer(row).probability(weights.unsqueeze(0))[0, 0]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._responses)
@@ -92,15 +100,15 @@ def predict(
     network, given = _ready(hypernetwork, condition, device, dtype)
     projected = network.stage1.trunk.project(given), network.stage2.trunk.project(given)
     layers: dict[str, LoRALayer] = {}
-    responses: dict[str, tuple[Response, TargetLayer]] = {}
+    responses = ResponseMaps(base)
 
-    def batch(index: Tensor, weights: Tensor, chosen: list[TargetLayer]) -> None:
-        response = network.stage1(weights, index, projected[0])
-        A, B = network.stage2(weights, index, projected[1], response.features)
-        A, B = A[0].float().cpu(), B[0].float().cpu()
+    def batch(patches: Tensor, index: Tensor, chosen: list[TargetLayer]) -> None:
+        response = network.stage1(patches, index, projected[0])
+        A, B = network.stage2(patches, index, projected[1], response.features)
+        responses.add(response, chosen)
+        A, B = A[0].cpu().float(), B[0].cpu().float()
         for row, layer in enumerate(chosen):
             layers[layer.name] = LoRALayer(A[row], B[row], float(network.config.rank))
-            responses[layer.name] = (response.layer(row), layer)
 
     _in_batches(network, base, device, batch_size, batch, progress, check_cancelled)
     fingerprint, known = base.fingerprint(), hypernetwork.base.fingerprint
@@ -111,7 +119,7 @@ def predict(
     }
     if known and fingerprint != known:
         metadata["lofa_note"] = "predicted for other weights than the hypernetwork was trained with"
-    return Prediction(LoRA(layers, metadata), ResponseMaps(responses, base), time.perf_counter() - started)
+    return Prediction(LoRA(layers, metadata), responses, time.perf_counter() - started)
 
 
 @torch.no_grad()
@@ -129,14 +137,13 @@ def predict_response(
     """Stage I alone. Arguments as of `predict`."""
     network, given = _ready(hypernetwork, condition, device, dtype)
     projected = network.stage1.trunk.project(given)
-    responses: dict[str, tuple[Response, TargetLayer]] = {}
+    responses = ResponseMaps(base)
 
-    def batch(index: Tensor, weights: Tensor, chosen: list[TargetLayer]) -> None:
-        response = network.stage1(weights, index, projected)
-        responses.update({layer.name: (response.layer(row), layer) for row, layer in enumerate(chosen)})
+    def batch(patches: Tensor, index: Tensor, chosen: list[TargetLayer]) -> None:
+        responses.add(network.stage1(patches, index, projected), chosen)
 
     _in_batches(network, base, device, batch_size, batch, progress, check_cancelled)
-    return ResponseMaps(responses, base)
+    return responses
 
 
 def _ready(
@@ -164,11 +171,11 @@ def _in_batches(
     base: BaseWeights,
     device: torch.device | str,
     batch_size: int | None,
-    batch: Callable[[Tensor, Tensor, list[TargetLayer]], None],
+    batch: Batch,
     progress: Progress | None,
     check_cancelled: Callable[[], None] | None,
 ) -> None:
-    """Call `batch` with (index [N], weights [N, out, in] float32, layers) until all layers are done."""
+    """Call `batch` with (patches, index [N], layers) of one batch after another until all layers are done."""
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size = {batch_size}: expected at least 1 layer, or None.")
     layers = fitting_layers(hypernetwork, base)
@@ -177,7 +184,7 @@ def _in_batches(
         if check_cancelled is not None:
             check_cancelled()
         chosen = layers[done : done + size]
-        if _fits(batch, base, chosen, done, device):
+        if _fits(batch, hypernetwork, base, chosen, done, device):
             done += len(chosen)
             if progress is not None:
                 progress(done, len(layers))
@@ -201,11 +208,22 @@ def default_batch_size(hypernetwork: Hypernetwork, device: torch.device | str) -
     return max(1, tokens // (trunk.rows * trunk.columns))
 
 
-def _fits(batch, base: BaseWeights, chosen: list[TargetLayer], start: int, device) -> bool:
+def _fits(
+    batch: Batch,
+    hypernetwork: Hypernetwork,
+    base: BaseWeights,
+    chosen: list[TargetLayer],
+    start: int,
+    device: torch.device | str,
+) -> bool:
     """Do one batch; False where memory ran out. Here, so that nothing of the failed batch stays alive."""
     try:
-        weights = torch.stack([base.read(layer).to(device).float() for layer in chosen])
-        batch(torch.arange(start, start + len(chosen), device=device), weights, chosen)
+        read = (base.read(layer).to(device).float() for layer in chosen)
+        if torch.device(device).type == "cpu":  # one by one stays in the caches
+            patches = torch.cat([hypernetwork.patches(weight.unsqueeze(0)) for weight in read])
+        else:
+            patches = hypernetwork.patches(torch.stack(list(read)))
+        batch(patches, torch.arange(start, start + len(chosen), device=device), chosen)
     except (RuntimeError, MemoryError) as error:
         if not _out_of_memory(error):
             raise

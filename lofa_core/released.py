@@ -1,7 +1,7 @@
 """LoFA_v0, the checkpoint that the paper's authors published, read into our hypernetwork.
 
 It comes as two pickled state dicts, one a stage. Every size is inferred from the tensors. What v0 chose
-differently from us (input, modulation, read-out, padding) is configuration: see `_DESIGN`.
+differently from us (input, modulation, read-out, padding) is configuration: see `RELEASED_DESIGN`.
 """
 
 import pickle
@@ -18,7 +18,7 @@ from .base_models import WAN_KINDS, describe
 from .descriptions import BaseDescription, ConditionDescription, HypernetworkConfig, LayerDescription
 from .hypernetwork import Hypernetwork
 
-_DESIGN: dict[str, Any] = {
+RELEASED_DESIGN: dict[str, Any] = {
     "weight_input": "column_rms",
     "modulation": "layer_scale",
     "readout": "pooled",
@@ -117,9 +117,9 @@ def published_state(hypernetwork: Hypernetwork) -> tuple[dict[str, Tensor], dict
 
     Raises ValueError for a network of another design, which those names cannot hold.
     """
-    design = {name: getattr(hypernetwork.config, name) for name in _DESIGN}
-    if design != _DESIGN:
-        raise ValueError(f"this hypernetwork's design is {design}; the published one is {_DESIGN}")
+    design = {name: getattr(hypernetwork.config, name) for name in RELEASED_DESIGN}
+    if design != RELEASED_DESIGN:
+        raise ValueError(f"this hypernetwork's design is {design}; the published one is {RELEASED_DESIGN}")
     states = []
     for stage in ("stage1", "stage2"):
         own = {
@@ -224,7 +224,7 @@ def describe_released(
         mlp_ratio=shape["blocks.0.mlp_sa.fc1.weight"][0] // width,
         feature_blocks=tuple(sorted(set(numbers["cross_attn_blocks"]))),
         cls_token="cls_token" in shape,
-        **_DESIGN,
+        **RELEASED_DESIGN,
     )
     layers = tuple(
         LayerDescription(f"blocks.{depth}.{kind}", depth, kind, (out_features, in_features))

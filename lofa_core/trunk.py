@@ -58,6 +58,12 @@ class MLP(nn.Sequential):
     def __init__(self, width: int, ratio: int):
         super().__init__(nn.Linear(width, ratio * width), nn.GELU(), nn.Linear(ratio * width, width))
 
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return super().forward(x)
+        # In place: a second buffer of this size, the largest of all, costs more than the function itself.
+        return self[2](torch.ops.aten.gelu_(self[0](x)))
+
 
 class Block(nn.Module):
     """Self-attention within a layer's patches, attention to the condition, an MLP after each.
@@ -122,6 +128,24 @@ class Block(nn.Module):
 
     def _add(self, i: int, x: Tensor, y: Tensor) -> Tensor:
         return x + y if self.scales is None else torch.addcmul(x, y, self.scales[i])
+
+
+def weight_patches(weights: Tensor, config: HypernetworkConfig) -> Tensor:
+    """Weights [N, out, in] -> float32 [N, patches, channels * side^2], as `config.weight_input` says.
+
+    Magnitudes decide the response map (most of it is 1 / |W|), so "magnitude" keeps them, per layer, as a
+    channel of their own; "column_rms" divides the differences between columns away.
+    """
+    weights = weights.float()
+    if config.weight_input == "column_rms":
+        power = torch.linalg.vector_norm(weights, dim=1, keepdim=True).square() / weights.shape[1]
+        channels = (weights * torch.rsqrt(power + 1e-6)).unsqueeze(1)
+    else:
+        scaled = weights / weights.std(dim=(1, 2), keepdim=True).clamp_min(1e-12)
+        # plus one: about zero mean for Gaussian weights
+        channels = torch.stack([scaled, scaled.abs().clamp_min(1e-3).log() + 1.0], 1)
+    grid = channels.unflatten(3, (-1, config.patch)).unflatten(2, (-1, config.patch))
+    return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 class Trunk(nn.Module):
@@ -201,14 +225,14 @@ class Trunk(nn.Module):
         return torch.cat([rows, torch.zeros_like(rows[:, :1])], 1), torch.cat([bias, zeros.log()], 1)
 
     def forward(
-        self, weights: Tensor, index: Tensor, condition: Condition, features: Tensor | None
+        self, patches: Tensor, index: Tensor, condition: Condition, features: Tensor | None
     ) -> Tensor:
-        """Weights [N, out, in] of the layers `index` [N] -> tokens [B, N, T, width]; features likewise.
+        """`weight_patches` of the layers `index` [N] -> tokens [B, N, T, width]; features likewise.
 
         T = rows * columns, and one more with a CLS token, which comes first.
         """
         layer = self.depth_embedding(self.depth_of[index]) + self.kind_embedding(self.kind_of[index])
-        tokens = self.patch_embed(self._patches(weights))
+        tokens = self.patch_embed(patches)
         if self.patch_norm is not None:
             tokens = self.patch_norm(tokens)
         tokens = tokens + (self.row_position + self.column_position).flatten(0, 1) + layer.unsqueeze(1)
@@ -243,24 +267,6 @@ class Trunk(nn.Module):
 
     def _each_block(self) -> Iterator[Block]:
         return (block for block in self.blocks if isinstance(block, Block))
-
-    def _patches(self, weights: Tensor) -> Tensor:
-        """[N, out, in] -> [N, patches, channels * side^2], as `weight_input` says.
-
-        Magnitudes decide the response map (most of it is 1 / |W|), so "magnitude" keeps them, per layer, as a
-        channel of their own; "column_rms" divides the differences between columns away.
-        """
-        weights = weights.float()
-        if self.config.weight_input == "column_rms":
-            power = weights.square().mean(1, keepdim=True)
-            channels = (weights * torch.rsqrt(power + 1e-6)).unsqueeze(1)
-        else:
-            scaled = weights / weights.std(dim=(1, 2), keepdim=True).clamp_min(1e-12)
-            # plus one: about zero mean for Gaussian weights
-            channels = torch.stack([scaled, scaled.abs().clamp_min(1e-3).log() + 1.0], 1)
-        channels = channels.to(self.patch_embed.weight.dtype)
-        grid = channels.unflatten(3, (self.columns, self.side)).unflatten(2, (self.rows, self.side))
-        return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
     def by_row_and_column(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens -> ([B, N, rows, d], [B, N, columns, d]): means over the other axis plus the CLS token."""

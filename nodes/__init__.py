@@ -3,7 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from . import host
-from .conditions import EncodeText
+from .conditions import EncodeText, TextCondition
 from .load import LoadHypernetwork, LoadMiniature
 from .lora import SaveLoRA
 from .predict import PredictLoRA, PredictResponse
@@ -21,6 +21,7 @@ class LoFAExtension(ComfyExtension):
             LoadHypernetwork,
             LoadMiniature,
             EncodeText,
+            TextCondition,
             PredictResponse,
             PredictLoRA,
             SaveLoRA,

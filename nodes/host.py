@@ -1,14 +1,14 @@
 """Everything that touches ComfyUI's internals; no other file of the pack imports them."""
 
-import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
+import comfy.quant_ops
 import comfy.sd
 import comfy.text_encoders.wan
 import comfy.utils
@@ -28,30 +28,39 @@ log = logging.getLogger(__name__)
 
 FOLDER = "lofa"  # models/lofa, also in extra_model_paths.yaml
 EMBEDDED_HYPERNETWORK = "miniature (text)"
+_AND = " + "  # between LoFA_v0's two files
 
 
 def register_folders() -> None:
     """Make models/lofa known to ComfyUI, which also lets extra_model_paths.yaml add to it."""
     folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir, FOLDER)))
-    folder_paths.folder_names_and_paths[FOLDER][1].add(".safetensors")
+    folder_paths.folder_names_and_paths[FOLDER][1].update((".safetensors", ".pth"))
 
 
 def hypernetwork_names() -> list[str]:
-    """What the loader offers: the embedded hypernetwork, then the files in models/lofa."""
-    return [EMBEDDED_HYPERNETWORK, *folder_paths.get_filename_list(FOLDER)]
+    """What the loader offers: the embedded one, then models/lofa, LoFA_v0's two files as one entry."""
+    files = folder_paths.get_filename_list(FOLDER)
+    pairs = {file: file.replace("stage1", "stage2") for file in files if file.endswith(".pth")}
+    pairs = {one: two for one, two in pairs.items() if one != two and two in files}
+    singles = [file for file in files if file not in pairs.values()]
+    return [
+        EMBEDDED_HYPERNETWORK,
+        *(f"{file}{_AND}{Path(pairs[file]).name}" if file in pairs else file for file in singles),
+    ]
 
 
-def hypernetwork_path(name: str) -> Path:
-    """The file behind one of `hypernetwork_names()`."""
+def hypernetwork_files(name: str) -> list[Path]:
+    """The file behind one of `hypernetwork_names()`, or the two: Stage I, Stage II."""
     if name == EMBEDDED_HYPERNETWORK:
-        return miniature.HYPERNETWORK
-    return Path(folder_paths.get_full_path_or_raise(FOLDER, name))
+        return [miniature.HYPERNETWORK]
+    first, _, second = name.partition(_AND) if name.endswith(".pth") else (name, "", "")
+    names = [first, str(Path(first).with_name(second))] if second else [first]
+    return [Path(folder_paths.get_full_path_or_raise(FOLDER, file)) for file in names]
 
 
-def content_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def file_state(paths: Sequence[Path]) -> list[tuple[str, int, int]]:
+    """What changes when a file does, without reading it: a hypernetwork may have gigabytes."""
+    return [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths]
 
 
 def new_output_file(prefix: str, suffix: str) -> tuple[Path, str]:
@@ -77,10 +86,24 @@ def workflow_metadata(prompt: object, extra_pnginfo: Mapping[str, object] | None
 # ------------------------------------------------------------
 # Progress and devices
 
+_LARGE = 50_000_000  # parameters; below, float32 takes no noticeable time
+
 
 def device() -> torch.device:
     """Where ComfyUI computes."""
     return comfy.model_management.get_torch_device()
+
+
+def compute_dtype(parameters: int) -> torch.dtype:
+    """What a hypernetwork computes in: bfloat16 where it is large and the GPU has it."""
+    large = parameters > _LARGE and comfy.model_management.should_use_bf16(device())
+    return torch.bfloat16 if large else torch.float32
+
+
+def make_room(size: int) -> None:
+    """Have ComfyUI unload what it can until the GPU has `size` bytes free."""
+    if not comfy.model_management.is_device_cpu(device()):
+        comfy.model_management.free_memory(size, device())
 
 
 def progress() -> Callable[[int, int], None]:
@@ -167,6 +190,19 @@ def encode_text(clip: comfy.sd.CLIP, text: str) -> Tensor:
     return clip.encode_from_tokens(clip.tokenize(" ".join(text.split())))
 
 
+def text_states(conditioning: Sequence[Sequence]) -> Tensor:
+    """The token states [1, S, d] in a CONDITIONING.
+
+    Raises ValueError where it holds several prompts (as after Conditioning Combine) or none.
+    """
+    if len(conditioning) != 1 or conditioning[0][0].ndim != 3 or len(conditioning[0][0]) != 1:
+        raise ValueError(
+            f"This CONDITIONING holds {len(conditioning)} prompts; a LoRA is predicted from one. "
+            "Connect the CLIP Text Encode node of the prompt you mean."
+        )
+    return conditioning[0][0]
+
+
 def base_weights(model: comfy.model_patcher.ModelPatcher) -> BaseWeights:
     """The MODEL's own weights, read one layer at a time and without the LoRAs applied to it."""
     parameters = model.model.diffusion_model.named_parameters(prefix="diffusion_model")
@@ -187,6 +223,15 @@ def _unpatched_weight(model: comfy.model_patcher.ModelPatcher, key: str) -> Tens
         weight = model.hook_backup[key][0]
     weight = weight.to(device())  # a partly offloaded model has some here and some there
     return weight if convert is None else convert(weight)
+
+
+def quantisation(model: comfy.model_patcher.ModelPatcher, key: str) -> str:
+    """How a weight of the MODEL is quantised, in words; empty where it is not."""
+    weight, _, _ = comfy.model_patcher.get_key_weight(model.model, key)
+    layout = getattr(weight, "_layout_cls", None)
+    if isinstance(weight, comfy.quant_ops.QuantizedTensor):
+        return str(layout or "quantised").removeprefix("TensorCore").removesuffix("Layout")
+    return str(weight.dtype).removeprefix("torch.") if weight.dtype.itemsize == 1 else ""
 
 
 def apply_lora(

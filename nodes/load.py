@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from ..lofa_core.checkpoint import load_hypernetwork
+from ..lofa_core.released import load_released
 from . import host
 from .sockets import CATEGORY, HypernetworkSocket
 
@@ -23,24 +24,28 @@ class LoadHypernetwork(io.ComfyNode):
                     "hypernetwork",
                     options=host.hypernetwork_names(),
                     default=host.EMBEDDED_HYPERNETWORK,
-                    tooltip="A .safetensors file from models/lofa, or the one that comes with the pack and "
-                    "fits Load Miniature. It only fits the base model it was trained for.",
+                    tooltip="A .safetensors file from models/lofa, LoFA_v0's two published .pth files in it, "
+                    "or the one that comes with the pack and fits Load Miniature. It only fits the base "
+                    "model it was trained for.",
                 ),
             ],
             outputs=[
                 HypernetworkSocket.Output(
-                    display_name="hypernetwork", tooltip="For Encode Text, Predict LoRA and Predict Response."
+                    display_name="hypernetwork",
+                    tooltip="For Text Condition, Encode Text, Predict LoRA and Predict Response.",
                 ),
             ],
         )
 
     @classmethod
     def fingerprint_inputs(cls, hypernetwork):
-        return host.content_hash(host.hypernetwork_path(hypernetwork))
+        return host.file_state(host.hypernetwork_files(hypernetwork))
 
     @classmethod
     def execute(cls, hypernetwork) -> io.NodeOutput:
-        return io.NodeOutput(load_hypernetwork(host.hypernetwork_path(hypernetwork)))
+        files = host.hypernetwork_files(hypernetwork)
+        load = load_released if len(files) == 2 else load_hypernetwork
+        return io.NodeOutput(load(*files, dtype=None))
 
 
 class LoadMiniature(io.ComfyNode):

@@ -7,6 +7,8 @@ from ..lofa_core.prediction import predict, predict_response
 from . import host
 from .sockets import CATEGORY, ConditionSocket, HypernetworkSocket, LoRAState, ResponseSocket
 
+WORKING_MEMORY = 2 * 2**30  # bytes beside the weights, for one batch of layers
+
 
 def _inputs() -> list[io.Input]:
     """The three inputs both nodes share."""
@@ -17,7 +19,9 @@ def _inputs() -> list[io.Input]:
             tooltip="The base model to personalise. LoRAs already applied to it are looked past: the "
             "prediction starts from its own weights.",
         ),
-        ConditionSocket.Input("condition", tooltip="What to personalise for, from Encode Text."),
+        ConditionSocket.Input(
+            "condition", tooltip="What to personalise for, from Encode Text or Text Condition."
+        ),
     ]
 
 
@@ -27,6 +31,23 @@ def _check_kind(hypernetwork, condition) -> None:
             f"This hypernetwork is conditioned on {hypernetwork.condition.kind}, the condition is "
             f"{condition.kind}. Load a {condition.kind} hypernetwork or encode the other kind of condition."
         )
+
+
+def _predict(run, hypernetwork, model, condition):
+    """`predict` or `predict_response` with ComfyUI's device, progress bar and interruption."""
+    _check_kind(hypernetwork, condition)
+    parameters = sum(parameter.numel() for parameter in hypernetwork.parameters())
+    dtype = host.compute_dtype(parameters)
+    host.make_room(parameters * dtype.itemsize + WORKING_MEMORY)
+    return run(
+        hypernetwork,
+        host.base_weights(model),
+        condition.tokens,
+        device=host.device(),
+        dtype=dtype,
+        progress=host.progress(),
+        check_cancelled=host.check_cancelled,
+    )
 
 
 class PredictResponse(io.ComfyNode):
@@ -51,16 +72,7 @@ class PredictResponse(io.ComfyNode):
 
     @classmethod
     def execute(cls, hypernetwork, model, condition) -> io.NodeOutput:
-        _check_kind(hypernetwork, condition)
-        responses = predict_response(
-            hypernetwork,
-            host.base_weights(model),
-            condition.tokens,
-            device=host.device(),
-            progress=host.progress(),
-            check_cancelled=host.check_cancelled,
-        )
-        return io.NodeOutput(responses)
+        return io.NodeOutput(_predict(predict_response, hypernetwork, model, condition))
 
 
 class PredictLoRA(io.ComfyNode):
@@ -105,19 +117,15 @@ class PredictLoRA(io.ComfyNode):
 
     @classmethod
     def execute(cls, hypernetwork, model, condition, strength) -> io.NodeOutput:
-        _check_kind(hypernetwork, condition)
-        prediction = predict(
-            hypernetwork,
-            host.base_weights(model),
-            condition.tokens,
-            device=host.device(),
-            progress=host.progress(),
-            check_cancelled=host.check_cancelled,
-        )
-        metadata = {**prediction.lora.metadata, "lofa_prompt": condition.description}
+        prediction = _predict(predict, hypernetwork, model, condition)
+        metadata = dict(prediction.lora.metadata)
+        if condition.description:
+            metadata["lofa_prompt"] = condition.description
         lora = LoRAState(to_state_dict(prediction.lora), metadata)
-        layers = len(prediction.lora.layers)
+        layers = len(prediction.lora)
         personalised = host.apply_lora(model, lora, layers, strength)
         report = f"{layers} of {layers} layers matched, predicted in {prediction.seconds:.2f} s"
+        if quantisation := host.quantisation(model, f"diffusion_model.{next(iter(prediction.lora))}.weight"):
+            report += f"; the model's weights are {quantisation} and were dequantised for it"
         host.show_text(cls.hidden.unique_id, report)
         return io.NodeOutput(lora, personalised, prediction.responses)

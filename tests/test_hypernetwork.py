@@ -91,7 +91,7 @@ def test_attention_is_softmax_of_normalised_queries_and_keys_head_by_head():
 def test_patches_hold_the_scaled_weights_and_their_log_magnitudes_in_place():
     net, W = network(), weights()
     W[3, 2, 5] = 0.0
-    found = net.stage1.trunk._patches(W).unflatten(-1, (2, 8, 8))
+    found = net.patches(W).unflatten(-1, (2, 8, 8))
     assert found.shape == (16, 4, 2, 8, 8)
     for n, i, j in [(0, 0, 0), (3, 2, 5), (3, 2, 13), (7, 9, 1), (15, 15, 15)]:
         values = W[n].flatten().tolist()
@@ -232,8 +232,8 @@ def test_stage_two_attends_to_the_features_in_its_feature_blocks_alone():
     net, W, index = network(), weights(), torch.arange(16)
     given = net.stage2.trunk.project(condition())
     features = torch.randn(1, 16, 5, 16, generator=generator(0))
-    A, B = net.stage2(W, index, given, features)
-    other_A, other_B = net.stage2(W, index, given, features.flip(-1))
+    A, B = net.stage2(net.patches(W), index, given, features)
+    other_A, other_B = net.stage2(net.patches(W), index, given, features.flip(-1))
     assert not close(A, other_A, 1e-4) and not close(B, other_B, 1e-4)
     assert [block.feature_attention is not None for block in net.stage2.trunk.blocks] == [False, True]
     assert all(block.feature_attention is None for block in net.stage1.trunk.blocks)

@@ -62,7 +62,7 @@ def unreached(module, loss):
 
 def test_gradients_reach_every_parameter_of_stage_one():
     net, index = network(), torch.arange(16)
-    response = net.stage1(weights(), index, net.stage1.trunk.project(condition(2)))
+    response = net.stage1(net.patches(weights()), index, net.stage1.trunk.project(condition(2)))
     A, B = torch.randn(2, 16, 3, 16), 0.1 * torch.randn(2, 16, 16, 3)
     assert unreached(net.stage1, stage1_loss(response, weights(), A, B, 0.1)) == []
     assert all(parameter.grad is None for parameter in net.stage2.parameters())
@@ -113,7 +113,7 @@ def test_stage_one_training_lowers_its_loss():
     given, W = data.conditions([data.sentence(a, None) for a in ACTIONS[:3]]), data.stacked_weights()
 
     def loss(net):
-        response = net.stage1(W, torch.arange(8), net.stage1.trunk.project(given))
+        response = net.stage1(net.patches(W), torch.arange(8), net.stage1.trunk.project(given))
         return stage1_loss(response, W, A, B, 0.1).item()
 
     assert loss(trained) < loss(net) - 0.02
@@ -185,7 +185,9 @@ def test_stage_two_losses_of_the_first_step_are_those_of_the_equations(tmp_path,
     data, net, (A, B) = Tasks(("wave",), clips=1), sized_network(), loras(1)
     W, index = data.stacked_weights(), torch.arange(8)
     with torch.no_grad():
-        first = net.stage1(W, index, net.stage1.trunk.project(data.conditions(["someone can wave"])))
+        first = net.stage1(
+            net.patches(W), index, net.stage1.trunk.project(data.conditions(["someone can wave"]))
+        )
     known_actions = ("wave",) if known else ()
     _, reports = run_stage2(
         tmp_path, net, data, known_actions, (A, B), steps=1, tasks=1, clips=1, fine_prompts=fine,

@@ -158,6 +158,7 @@ def response_figures(
     training map.
     """
     weights = data.stacked_weights()
+    patches = hypernetwork.patches(weights)
     index = torch.arange(len(weights))
     mean = sum(response_map(weights, b @ a).float() for a, b in zip(known.A, known.B, strict=True)) / len(
         known.actions
@@ -173,7 +174,7 @@ def response_figures(
     for sentence, a, b in zip(sentences, wanted.A, wanted.B, strict=True):
         real = response_map(weights, b @ a).float()
         stage1 = hypernetwork.stage1
-        guess = stage1(weights, index, stage1.trunk.project(data.conditions([sentence]))).probability(
+        guess = stage1(patches, index, stage1.trunk.project(data.conditions([sentence]))).probability(
             weights
         )[0]
         sums["stage1_cosine"] += float(cosine(guess, real))

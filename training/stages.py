@@ -55,6 +55,7 @@ def train_stage1(
     """Fit Stage I in place to per-task LoRAs A [K, L, r, in], B [K, L, out, r] of `actions`."""
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     rng, weights = _start(settings.seed, accelerator), data.stacked_weights().to(accelerator.device)
+    patches = hypernetwork.patches(weights)
     wrapped = accelerator.prepare(_Stage1(hypernetwork))
     optimiser = MuonAdamW(
         hypernetwork.stage1, settings.learning_rate, muon_rate=settings.learning_rate, adamw_names=_EMBEDDINGS
@@ -65,7 +66,7 @@ def train_stage1(
         condition = data.conditions([data.sentence(actions[i], rng) for i in picks.tolist()]).to(
             accelerator.device
         )
-        response = wrapped(weights[index], index, condition)
+        response = wrapped(patches[index], index, condition)
         targets = (x[picks][:, index.cpu()].to(accelerator.device) for x in (A, B))
         loss = stage1_loss(response, weights[index], *targets, settings.likelihood_weight)
         accelerator.backward(loss)
@@ -82,8 +83,8 @@ class _Stage1(nn.Module):
         super().__init__()
         self.stage1 = hypernetwork.stage1
 
-    def forward(self, weights: Tensor, index: Tensor, condition: Tensor) -> Response:
-        return self.stage1(weights, index, self.stage1.trunk.project(condition))
+    def forward(self, patches: Tensor, index: Tensor, condition: Tensor) -> Response:
+        return self.stage1(patches, index, self.stage1.trunk.project(condition))
 
 
 class _Stage2(nn.Module):
@@ -94,11 +95,11 @@ class _Stage2(nn.Module):
         self.stage2 = hypernetwork.stage2
         self._stage1 = [hypernetwork.stage1]  # in a list: not this module's to train or to synchronise
 
-    def forward(self, weights: Tensor, index: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, patches: Tensor, index: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         (stage1,) = self._stage1
         with torch.no_grad():
-            features = stage1(weights, index, stage1.trunk.project(condition)).features
-        return self.stage2(weights, index, self.stage2.trunk.project(condition), features)
+            features = stage1(patches, index, stage1.trunk.project(condition)).features
+        return self.stage2(patches, index, self.stage2.trunk.project(condition), features)
 
 
 def train_stage2(
@@ -123,7 +124,7 @@ def train_stage2(
     device = accelerator.device
     hypernetwork.stage2.start_from(hypernetwork.stage1)
     hypernetwork.to(device).stage1.requires_grad_(False)
-    rng, weights = _start(settings.seed, accelerator), data.stacked_weights().to(device)
+    rng, patches = _start(settings.seed, accelerator), hypernetwork.patches(data.stacked_weights().to(device))
     wrapped = accelerator.prepare(_Stage2(hypernetwork))
     optimiser = MuonAdamW(
         hypernetwork.stage2, settings.learning_rate, muon_rate=settings.learning_rate, adamw_names=_EMBEDDINGS
@@ -139,7 +140,7 @@ def train_stage2(
     for step in range(settings.steps):
         tasks = _some_tasks(data.training, lora_actions, settings.tasks, rng)
         condition = data.conditions([data.sentence(action, rng) for action in tasks]).to(device)
-        predicted_A, predicted_B = wrapped(weights, index, condition)
+        predicted_A, predicted_B = wrapped(patches, index, condition)
 
         picks = torch.cat([_some(data.clips_by_action[action], settings.clips, rng) for action in tasks])
         clean = data.clips.latents[picks].float().to(device)

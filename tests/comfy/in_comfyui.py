@@ -116,7 +116,7 @@ def wrong_text_encoder(host) -> dict:
         def encode_from_tokens(self, tokens):
             return torch.zeros(1, 77, 768)
 
-    hypernetwork = load_hypernetwork(host.hypernetwork_path(host.EMBEDDED_HYPERNETWORK))
+    hypernetwork = load_hypernetwork(*host.hypernetwork_files(host.EMBEDDED_HYPERNETWORK))
     try:
         EncodeText.execute(hypernetwork, Wide(), EXAMPLE)
     except ValueError as error:

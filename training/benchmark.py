@@ -1,0 +1,198 @@
+"""Speed and memory: `python -m training.benchmark predict`.
+
+Times are ratios within one run where it matters: the share of the machine's own matrix-multiplication rate,
+measured in the same run, dtype and shapes, tells a slow program from a slow computer.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional as F
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from lofa_core.base_models import BaseWeights
+from lofa_core.descriptions import HypernetworkConfig
+from lofa_core.hypernetwork import Hypernetwork
+from lofa_core.prediction import default_batch_size, predict
+from training.full_size import PARAMETERS, random_condition, released_hypernetwork
+
+WORDS = 48  # tokens of the prompt; 464 rows of padding follow
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m training.benchmark", description=__doc__)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    command = commands.add_parser(
+        "predict",
+        help="one whole LoRA by a hypernetwork of LoFA_v0's size",
+        description="Predict the LoRA of WAN2.1-T2V-1.3B by a hypernetwork of LoFA_v0's size, both of random "
+        "weights. GFLOP are those the algorithm needs: the text counts once, its padding as one row.",
+    )
+    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    command.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    command.add_argument("--layers", type=int, default=240, help="the first N of the 240 layers")
+    command.add_argument("--batch", type=int, help="layers at a time (default: what prediction chooses)")
+    command.add_argument("--repeats", type=int, help="the median of these counts (default: GPU 5, CPU 1)")
+    command.add_argument("--json", action="store_true", help="one object on standard output, nothing else")
+    chosen = parser.parse_args()
+    if not 1 <= chosen.layers <= 240:
+        parser.error(f"--layers {chosen.layers}: there are 1 to 240")
+    found = measure_prediction(
+        torch.device(chosen.device), DTYPES[chosen.dtype], chosen.layers, chosen.batch, chosen.repeats
+    )
+    if chosen.json:
+        sys.stdout.write(json.dumps(found) + "\n")
+    else:
+        Console(highlight=False).print(_table(found))
+    return 0
+
+
+def measure_prediction(
+    device: torch.device, dtype: torch.dtype, layers: int, batch: int | None, repeats: int | None
+) -> dict[str, float | int | str]:
+    """The figures of one prediction; `seconds` is the median over `repeats`, after a warm-up of one batch."""
+    network = released_hypernetwork(dtype=dtype, device=str(device), layers=layers)
+    draw = torch.Generator(device).manual_seed(1)
+    condition = random_condition(WORDS, draw)
+    # One matrix for all layers: the time does not depend on the values, and the base takes no memory.
+    side = network.config.out_features
+    matrix = torch.randn(side, side, generator=draw, device=device).mul_(side**-0.5).bfloat16()
+    shapes = {f"{layer.name}.weight": layer.shape for layer in network.base.layers}
+    base = BaseWeights.from_tensors(shapes, lambda key: matrix)
+    size = min(layers, batch or default_batch_size(network, device))
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(f"predicting {layers} layers", total=layers)
+
+        def once() -> None:
+            predict(
+                network, base, condition, device=device, dtype=dtype, batch_size=batch,
+                progress=lambda done, total: bar.update(task, completed=done),
+            )  # fmt: skip
+
+        if device.type == "cuda":
+            once()
+        else:  # a whole warm-up would take minutes
+            _first_batch(network, matrix, condition, size)
+        rate = matmul_rate(network.config, device, dtype, size)
+        seconds = statistics.median(
+            _seconds(once, device) for _ in range(repeats or (5 if device.type == "cuda" else 1))
+        )
+    peak = _peak_memory(device)
+    rate = statistics.median([rate, matmul_rate(network.config, device, dtype, size)])
+    gflop = prediction_flop(network.config, layers, WORDS + 1) / 1e9
+    return {
+        "layers": layers,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "seconds": round(seconds, 4),
+        "gflop": round(gflop, 1),
+        "gflops_per_s": round(gflop / seconds, 1),
+        "matmul_gflops_per_s": round(rate / 1e9, 1),
+        "share_of_matmul_rate": round(gflop * 1e9 / seconds / rate, 4),
+        "peak_memory_bytes": peak,
+    }
+
+
+def prediction_flop(config: HypernetworkConfig, layers: int, rows: int) -> int:
+    """Multiplications and additions (2 for a product of two numbers) that both stages need.
+
+    `rows`: of the condition that differ; their projection, keys and values count once for all layers.
+    """
+    d, hidden = config.width, config.mlp_ratio * config.width
+    patches = (config.out_features // config.patch) * (config.in_features // config.patch)
+    tokens = patches + config.cls_token
+    channels = 2 if config.weight_input == "magnitude" else 1
+    mlp = 2 * tokens * 2 * d * hidden
+    self_attention = 2 * tokens * 4 * d * d + 4 * tokens * tokens * d
+    cross_attention = 2 * tokens * 2 * d * d + 4 * tokens * rows * d
+    embedding = 2 * patches * channels * config.patch**2 * d
+    heads = 2 * d * config.rank * (config.in_features + config.out_features)
+    stage = embedding + config.blocks * (self_attention + cross_attention + 2 * mlp) + heads
+    features = len(config.feature_blocks) * (self_attention + mlp)
+    text = 2 * rows * config.condition_width * d + config.blocks * 2 * rows * 2 * d * d
+    return layers * (2 * stage + features) + 2 * text
+
+
+def matmul_rate(config: HypernetworkConfig, device: torch.device, dtype: torch.dtype, layers: int) -> float:
+    """FLOP a second of the matrix products alone that a block does on `layers` layers, in its proportions."""
+    d, hidden = config.width, config.mlp_ratio * config.width
+    tokens = layers * ((config.out_features // config.patch) * (config.in_features // config.patch) + 1)
+    flop, seconds = 0.0, 0.0
+    for inner, outer, count in ((d, d, 6), (d, hidden, 2), (hidden, d, 2)):
+        x = torch.randn(tokens, inner, device=device).to(dtype)
+        weight = (torch.randn(outer, inner, device=device) * inner**-0.5).to(dtype)
+
+        def product(x=x, weight=weight) -> None:
+            F.linear(x, weight)
+
+        product()
+        flop += count * 2 * tokens * inner * outer
+        seconds += count * statistics.median(_seconds(product, device) for _ in range(7))
+    return flop / seconds
+
+
+@torch.no_grad()
+def _first_batch(network: Hypernetwork, matrix: Tensor, condition: Tensor, size: int) -> None:
+    network(matrix.expand(size, -1, -1), torch.arange(size), condition.to(network.stage1.trunk.norm.weight))
+
+
+def _seconds(work: Callable[[], None], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: on a GPU what PyTorch held there at most, elsewhere what the process did."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _processor() -> str:
+    return f"cpu ({torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads)"
+
+
+def _table(found: dict[str, float | int | str]) -> Table:
+    weights = PARAMETERS * DTYPES[str(found["dtype"])].itemsize
+    rows = {
+        "layers": f"{found['layers']} of 240, both stages, {found['dtype']}",
+        "device": str(found["device"]),
+        "time": f"{found['seconds']} s",
+        "work": f"{found['gflop']:,} GFLOP, {found['gflops_per_s']:,} a second",
+        "matrix products alone": f"{found['matmul_gflops_per_s']:,} GFLOP a second",
+        "share of that rate": f"{found['share_of_matmul_rate']:.1%}",
+        "peak memory": f"{int(found['peak_memory_bytes']) / 1e9:.2f} GB, {weights / 1e9:.2f} of it weights",
+    }
+    table = Table(show_header=False)
+    for name, words in rows.items():
+        table.add_row(name, words)
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())
