@@ -149,7 +149,7 @@ def read_stage(path: Path) -> dict[str, Tensor]:
             f"{path}: holds something else than tensors, or is no PyTorch file; it was not run or read. "
             "Download LoFA_v0's stage1_preview.pth and stage2_preview.pth again."
         ) from error
-    except (RuntimeError, EOFError, KeyError) as error:
+    except (RuntimeError, EOFError, KeyError, OSError) as error:
         raise ValueError(f"{path}: is damaged ({error}). Download it again.") from error
     if not isinstance(state, Mapping) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
@@ -197,6 +197,8 @@ def describe_released(
             raise ValueError(f"has no {key}, from which its sizes are read. Download it again.")
     width, _, patch, _ = shape["patch_embed.proj.weight"]
     out_features, in_features = shape["pos.row"][1] * patch, shape["pos.col"][2] * patch
+    if out_features != in_features:
+        raise ValueError(f"is for layers of {out_features}x{in_features}; WAN2.1's are square.")
     rank = shape["head_A.weight"][0] // in_features
     if (rank * in_features, rank * out_features) != (shape["head_A.weight"][0], shape["head_B.weight"][0]):
         raise ValueError(

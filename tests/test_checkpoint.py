@@ -58,6 +58,22 @@ def test_a_loaded_network_is_for_prediction_and_holds_one_set_of_statistics(save
     assert stored == ["statistics.A_mean"]
 
 
+def test_it_loads_in_the_dtype_asked_for_or_as_stored(saved):
+    half = saved[1].with_name("half.safetensors")
+    save_hypernetwork(saved[0], half, dtype=torch.bfloat16)
+    for asked, found in ((None, torch.bfloat16), (torch.float16, torch.float16)):
+        loaded = load_hypernetwork(half, asked).state_dict().values()
+        assert {value.dtype for value in loaded} == {found}
+
+
+def test_a_loaded_network_does_not_change_with_its_file(saved):
+    net, path = saved
+    found = load_hypernetwork(path)
+    before = {key: value.clone() for key, value in found.state_dict().items()}
+    path.write_bytes(bytes(path.stat().st_size))
+    assert all(torch.equal(value, before[key]) for key, value in found.state_dict().items())
+
+
 def test_half_precision_halves_the_file_and_loads_in_float32(saved):
     net, path = saved
     half = path.with_name("half.safetensors")

@@ -8,6 +8,7 @@ import torch
 from tiny import CONFIG, WORDS_WIDE, condition, describe, generator, network, weights
 from torch.nn import functional as F
 
+from lofa_core.checkpoint import load_hypernetwork, save_hypernetwork
 from lofa_core.hypernetwork import GaussianResponse
 from lofa_core.trunk import Attention
 
@@ -240,6 +241,46 @@ def test_stage_two_attends_to_the_features_in_its_feature_blocks_alone():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"cls_token": False},
+        {"mask_padding": False},
+        {"weight_input": "column_rms"},
+        {"modulation": "layer_scale"},
+        {"readout": "pooled"},
+    ],
+)
+def test_each_choice_of_the_design_works_alone_and_is_kept_in_the_file(tmp_path, changes):
+    net, W, index = network(config=replace(CONFIG, **changes)), weights(), torch.arange(16)
+    given = torch.cat([condition(), torch.zeros(1, 3, WORDS_WIDE)], 1)
+    A, B, response = net(W, index, given)
+    maps = response.probability(W)
+    assert A.shape == (1, 16, 3, 16) and B.shape == (1, 16, 16, 3) and maps.shape == (1, 16, 16, 16)
+    assert all(torch.isfinite(value).all() for value in (A, B, maps)) and 0 <= maps.min() <= maps.max() <= 1
+    save_hypernetwork(net, tmp_path / "net.safetensors")
+    loaded = load_hypernetwork(tmp_path / "net.safetensors")
+    assert loaded.config == net.config != CONFIG
+    assert close(loaded(W, index, given)[0], A)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@torch.no_grad()
+def test_rows_of_padding_are_left_out_or_weigh_as_many_as_they_are(masked):
+    trunk = network(config=replace(CONFIG, mask_padding=masked)).stage1.trunk
+    given = torch.cat([condition(tokens=6, seed=3), condition(tokens=6, seed=4)])
+    given[0, 2:], given[1, 4:], given[1, 1] = 0.0, 0.0, 0.0
+    attention, x = trunk.blocks[0].cross_attention, torch.randn(2, 5, 16, generator=generator(0))
+    found = trunk.project(given)
+    assert found.keys_values[0][0].shape[2] == (4 if masked else 5)  # the longest prompt, one row for padding
+    for b in range(2):
+        rows = given[b][(given[b] != 0).any(-1)] if masked else given[b]
+        wanted = attention(x[b : b + 1], attention.keys_values(trunk.condition_proj(rows).unsqueeze(0)))
+        pair = tuple(part[b : b + 1] for part in found.keys_values[0])
+        assert close(attention(x[b : b + 1], pair, found.bias[b : b + 1]), wanted)
+
+
+@torch.no_grad()
 def test_weights_need_not_be_square():
     config = replace(CONFIG, out_features=16, in_features=24)
     net = network(config=config, base=describe(shape=(16, 24)))
@@ -267,6 +308,9 @@ def test_a_condition_without_tokens_is_refused_also_beside_others():
         ({"heads": 3}, r"width = 16 .*heads = 3"),
         ({"feature_blocks": (0, 2)}, r"feature_blocks = \(0, 2\).*0\.\.1"),
         ({"feature_blocks": (-1,)}, r"feature_blocks"),
+        ({"readout": "average"}, r"readout = 'average'.*local.*pooled"),
+        ({"modulation": ""}, r"modulation = ''.*film"),
+        ({"weight_input": "raw"}, r"weight_input = 'raw'.*column_rms"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_by_name(change, named):

@@ -14,10 +14,11 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 
 from lofa_core import lora_files
-from lofa_core.base_models import BaseWeights, describe
+from lofa_core.base_models import BaseWeights, describe, open_safetensors
 from lofa_core.key_names import LAYOUTS
 from lofa_core.lora import LoRA, LoRALayer
 from lofa_core.lora_files import (
+    each_tensor,
     from_state_dict,
     load_lora,
     match,
@@ -319,3 +320,15 @@ def test_diffusers_sdxl_applies_w_plus_dw(layout, sdxl, tmp_path):
         StableDiffusionXLPipeline.load_lora_into_unet(state, alphas, model)
 
     adapted_layers_give_w_plus_dw(model, lora, load)
+
+
+def test_a_large_file_is_read_tensor_by_tensor_and_mapped_anew(tmp_path, monkeypatch):
+    tensors = {f"t{n}": torch.full((2**20,), float(n)) for n in range(70)}  # 4 MB each, 280 in all
+    save_file(tensors, tmp_path / "large.safetensors")
+    opened = []
+    monkeypatch.setattr(
+        lora_files, "open_safetensors", lambda path: opened.append(path) or open_safetensors(path)
+    )
+    found = {key: value[0].item() for key, value in each_tensor(tmp_path / "large.safetensors")}
+    assert found == {f"t{n}": float(n) for n in range(70)}
+    assert len(opened) == 3  # the names, 256 MB, the rest

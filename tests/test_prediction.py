@@ -184,3 +184,78 @@ def test_a_condition_of_nothing_is_refused():
     net, base, _ = parts()
     with pytest.raises(ValueError, match="condition has no tokens"):
         predict(net, base, torch.zeros(1, 5, 6))
+
+
+def fails_above(monkeypatch, net, layers, error):
+    """Stage II fails for batches of more layers than that; the sizes of all batches it was given."""
+    seen, forward = [], type(net.stage2).forward
+
+    def limited(self, patches, index, *others):
+        seen.append(len(index))
+        if len(index) > layers:
+            raise error
+        return forward(self, patches, index, *others)
+
+    monkeypatch.setattr(type(net.stage2), "forward", limited)
+    return seen
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory."),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+def test_a_batch_that_does_not_fit_is_halved_and_the_lora_is_the_same(monkeypatch, caplog, error):
+    net, base, given = parts()
+    wanted, seen = predict(net, base, given), []
+    tried = fails_above(monkeypatch, net, 3, error)
+    found = predict(net, base, given, batch_size=16, progress=lambda done, total: seen.append((done, total)))
+    assert same(found, wanted)
+    assert tried == [16, 8, 4, *8 * [2]]
+    assert seen == [(done, 16) for done in range(2, 17, 2)]  # progress never goes back
+    assert "2 layers at a time" in caplog.text
+
+
+def test_memory_for_not_even_one_layer_is_an_error_that_says_what_to_do(monkeypatch):
+    net, base, given = parts()
+    fails_above(monkeypatch, net, 0, OUT_OF_MEMORY[0])
+    with pytest.raises(MemoryError, match="one layer at a time.*bfloat16"):
+        predict(net, base, given)
+
+
+def test_another_error_is_not_taken_for_a_lack_of_memory(monkeypatch):
+    net, base, given = parts()
+    tried = fails_above(monkeypatch, net, 0, RuntimeError("shapes do not match"))
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        predict(net, base, given)
+    assert tried == [16]
+
+
+def test_the_text_is_projected_once_and_its_keys_and_values_once_a_block(monkeypatch):
+    net, base, given = parts()
+    calls = []
+    for stage in (net.stage1, net.stage2):
+        for part in (stage.trunk.condition_proj, *(b.cross_attention.k_norm for b in stage.trunk.blocks)):
+            part.register_forward_hook(lambda module, *_: calls.append(module))
+    predict(net, base, given, batch_size=1)
+    assert len(calls) == len(set(calls)) == 2 * (1 + len(net.stage1.trunk.blocks))
+
+
+def test_each_weight_is_read_once_and_the_maps_read_theirs_when_they_are_asked_for():
+    net, _, given = parts()
+    read, tensors = [], base_tensors()
+
+    def reader(key):
+        read.append(key)
+        return tensors[key]
+
+    base = BaseWeights.from_tensors({key: value.shape for key, value in tensors.items()}, reader)
+    found = predict(net, base, given)
+    once = read[: len(tensors)]
+    assert sorted(once) == sorted(tensors)
+    before = len(read)
+    assert found.responses["blocks.1.self_attn.o"].shape == (16, 16)
+    assert read[before:] == ["blocks.1.self_attn.o.weight"]

@@ -46,12 +46,12 @@ def network(seed=0, config=CONFIG, base=None, randomised=True):
         with torch.no_grad():
             for parameter in net.parameters():
                 parameter.add_(0.15 * torch.randn_like(parameter))
-            statistics = net.statistics
-            statistics.A_mean.normal_()
-            statistics.B_mean.normal_(std=0.1)
-            statistics.A_scale.uniform_(0.5, 2.0)
-            statistics.B_scale.uniform_(0.1, 0.3)
-            statistics.delta_log_deviation.uniform_(-4.0, -2.0)
+            if (statistics := net.statistics) is not None:
+                statistics.A_mean.normal_()
+                statistics.B_mean.normal_(std=0.1)
+                statistics.A_scale.uniform_(0.5, 2.0)
+                statistics.B_scale.uniform_(0.1, 0.3)
+                statistics.delta_log_deviation.uniform_(-4.0, -2.0)
     return net.eval()
 
 

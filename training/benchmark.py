@@ -10,6 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -23,11 +24,11 @@ from torch.nn import functional as F
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from lofa_core.base_models import BaseWeights
+from lofa_core.base_models import WAN_KINDS, BaseWeights
 from lofa_core.descriptions import HypernetworkConfig
 from lofa_core.hypernetwork import Hypernetwork
 from lofa_core.prediction import default_batch_size, predict
-from training.full_size import PARAMETERS, random_condition, released_hypernetwork
+from training.full_size import LAYERS, random_condition, released_hypernetwork
 
 WORDS = 48  # tokens of the prompt; 464 rows of padding follow
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -44,13 +45,13 @@ def main() -> int:
     )
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     command.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    command.add_argument("--layers", type=int, default=240, help="the first N of the 240 layers")
+    command.add_argument("--layers", type=int, default=LAYERS, help=f"the first N of the {LAYERS} layers")
     command.add_argument("--batch", type=int, help="layers at a time (default: what prediction chooses)")
     command.add_argument("--repeats", type=int, help="the median of these counts (default: GPU 5, CPU 1)")
     command.add_argument("--json", action="store_true", help="one object on standard output, nothing else")
     chosen = parser.parse_args()
-    if not 1 <= chosen.layers <= 240:
-        parser.error(f"--layers {chosen.layers}: there are 1 to 240")
+    if not 1 <= chosen.layers <= LAYERS:
+        parser.error(f"--layers {chosen.layers}: expected 1 to {LAYERS}")
     found = measure_prediction(
         torch.device(chosen.device), DTYPES[chosen.dtype], chosen.layers, chosen.batch, chosen.repeats
     )
@@ -71,8 +72,9 @@ def measure_prediction(
     # One matrix for all layers: the time does not depend on the values, and the base takes no memory.
     side = network.config.out_features
     matrix = torch.randn(side, side, generator=draw, device=device).mul_(side**-0.5).bfloat16()
-    shapes = {f"{layer.name}.weight": layer.shape for layer in network.base.layers}
-    base = BaseWeights.from_tensors(shapes, lambda key: matrix)
+    names = (f"blocks.{depth}.{kind}.weight" for depth in range(LAYERS // 8) for kind in WAN_KINDS)
+    base = BaseWeights.from_tensors(dict.fromkeys(names, matrix.shape), lambda key: matrix)
+    base.model = replace(base.model, layers=base.model.layers[:layers])
     size = min(layers, batch or default_batch_size(network, device))
 
     with Progress(console=Console(stderr=True), transient=True) as bar:
@@ -178,15 +180,14 @@ def _processor() -> str:
 
 
 def _table(found: dict[str, float | int | str]) -> Table:
-    weights = PARAMETERS * DTYPES[str(found["dtype"])].itemsize
     rows = {
-        "layers": f"{found['layers']} of 240, both stages, {found['dtype']}",
+        "layers": f"{found['layers']} of {LAYERS}, both stages, {found['dtype']}",
         "device": str(found["device"]),
         "time": f"{found['seconds']} s",
         "work": f"{found['gflop']:,} GFLOP, {found['gflops_per_s']:,} a second",
         "matrix products alone": f"{found['matmul_gflops_per_s']:,} GFLOP a second",
         "share of that rate": f"{found['share_of_matmul_rate']:.1%}",
-        "peak memory": f"{int(found['peak_memory_bytes']) / 1e9:.2f} GB, {weights / 1e9:.2f} of it weights",
+        "peak memory": f"{int(found['peak_memory_bytes']) / 1e9:.2f} GB, the two networks' weights included",
     }
     table = Table(show_header=False)
     for name, words in rows.items():

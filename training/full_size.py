@@ -28,37 +28,39 @@ BASE, STAGE1, STAGE2, CONDITION = (
     "stage2_preview.pth",
     "condition.safetensors",
 )
-TEXT_WIDTH = 4096
 # The sizes that WanTransformer3DModel's own defaults (those of the 14B) lack.
 WAN_1_3B = {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960}
-SIDE, DEPTHS = 1536, 30
-PARAMETERS = 412_801_793  # of both stages
+RELEASED = HypernetworkConfig(
+    condition_width=4096,
+    out_features=1536,
+    in_features=1536,
+    rank=32,
+    patch=96,
+    width=768,
+    heads=12,
+    blocks=8,
+    feature_blocks=(3, 7),
+    **RELEASED_DESIGN,
+)
+LAYERS = 8 * WAN_1_3B["num_layers"]
 
 
 def released_hypernetwork(
-    seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu", layers: int = 8 * DEPTHS
+    seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu", layers: int = LAYERS
 ) -> Hypernetwork:
     """LoFA_v0's architecture at the published size, random, for the first `layers` target layers."""
-    config = HypernetworkConfig(
-        condition_width=TEXT_WIDTH,
-        out_features=SIDE,
-        in_features=SIDE,
-        rank=32,
-        patch=96,
-        width=768,
-        heads=12,
-        blocks=8,
-        feature_blocks=(3, 7),
-        **RELEASED_DESIGN,
-    )
+    shape = (RELEASED.out_features, RELEASED.in_features)
     described = tuple(
-        LayerDescription(f"blocks.{depth}.{kind}", depth, kind, (SIDE, SIDE))
-        for depth in range(DEPTHS)
-        for kind in WAN_KINDS
+        LayerDescription(
+            f"blocks.{number // 8}.{WAN_KINDS[number % 8]}", number // 8, WAN_KINDS[number % 8], shape
+        )
+        for number in range(layers)
     )
-    base = BaseDescription("WAN2.1-T2V-1.3B", described[:layers])
-    condition = ConditionDescription("text", TEXT_WIDTH, padded_to=PROMPT_TOKENS)
-    network = Hypernetwork.unfilled(config, base, condition)
+    network = Hypernetwork.unfilled(
+        RELEASED,
+        BaseDescription("WAN2.1-T2V-1.3B", described),
+        ConditionDescription("text", RELEASED.condition_width, padded_to=PROMPT_TOKENS),
+    )
     draw = torch.Generator(device).manual_seed(seed)
     return network.filled(
         {key: _random(key, tuple(value.shape), draw, dtype) for key, value in network.own_state().items()}
@@ -74,8 +76,9 @@ def base_shapes() -> dict[str, tuple[int, ...]]:
 
 def random_condition(words: int, draw: torch.Generator) -> Tensor:
     """Text states [1, 512, 4096] of a prompt of so many tokens, zero after its end."""
-    states = torch.zeros(1, PROMPT_TOKENS, TEXT_WIDTH, device=draw.device)
-    states[:, :words] = torch.randn(1, words, TEXT_WIDTH, generator=draw, device=draw.device)
+    width = RELEASED.condition_width
+    states = torch.zeros(1, PROMPT_TOKENS, width, device=draw.device)
+    states[:, :words] = torch.randn(1, words, width, generator=draw, device=draw.device)
     return states
 
 
