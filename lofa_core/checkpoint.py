@@ -55,8 +55,7 @@ def describe_hypernetwork(path: Path) -> Hypernetwork:
     """
     if path.suffix in (".pth", ".pt"):
         raise ValueError(
-            f"{path.name}: one file of LoFA_v0, which has two. In ComfyUI put stage1_preview.pth and "
-            "stage2_preview.pth side by side; elsewhere join them: python -m lofa_core convert "
+            f"{path.name}: one file of LoFA_v0, which has two. Join them: python -m lofa_core convert "
             "--stage1 stage1_preview.pth --stage2 stage2_preview.pth --out lofa_v0.safetensors"
         )
     with open_safetensors(path) as handle:

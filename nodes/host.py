@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 FOLDER = "lofa"  # models/lofa, also in extra_model_paths.yaml
 EMBEDDED_HYPERNETWORK = "miniature (text)"
-_AND = " + "  # between LoFA_v0's two files
+NO_STAGE2 = "none"
 
 
 def register_folders() -> None:
@@ -38,23 +38,20 @@ def register_folders() -> None:
 
 
 def hypernetwork_names() -> list[str]:
-    """What the loader offers: the embedded one, then models/lofa, LoFA_v0's two files as one entry."""
-    files = folder_paths.get_filename_list(FOLDER)
-    pairs = {file: file.replace("stage1", "stage2") for file in files if file.endswith(".pth")}
-    pairs = {one: two for one, two in pairs.items() if one != two and two in files}
-    singles = [file for file in files if file not in pairs.values()]
-    return [
-        EMBEDDED_HYPERNETWORK,
-        *(f"{file}{_AND}{Path(pairs[file]).name}" if file in pairs else file for file in singles),
-    ]
+    """What the loader offers: the embedded hypernetwork, then the files in models/lofa."""
+    return [EMBEDDED_HYPERNETWORK, *folder_paths.get_filename_list(FOLDER)]
 
 
-def hypernetwork_files(name: str) -> list[Path]:
-    """The file behind one of `hypernetwork_names()`, or the two: Stage I, Stage II."""
+def stage2_names() -> list[str]:
+    """What the loader offers as LoFA_v0's second file."""
+    return [NO_STAGE2, *(name for name in folder_paths.get_filename_list(FOLDER) if name.endswith(".pth"))]
+
+
+def hypernetwork_files(name: str, stage2: str = NO_STAGE2) -> list[Path]:
+    """The file behind one of `hypernetwork_names()`; with one of `stage2_names()`, LoFA_v0's two."""
     if name == EMBEDDED_HYPERNETWORK:
         return [miniature.HYPERNETWORK]
-    first, _, second = name.partition(_AND) if name.endswith(".pth") else (name, "", "")
-    names = [first, str(Path(first).with_name(second))] if second else [first]
+    names = [name] if stage2 == NO_STAGE2 else [name, stage2]
     return [Path(folder_paths.get_full_path_or_raise(FOLDER, file)) for file in names]
 
 

@@ -24,9 +24,17 @@ class LoadHypernetwork(io.ComfyNode):
                     "hypernetwork",
                     options=host.hypernetwork_names(),
                     default=host.EMBEDDED_HYPERNETWORK,
-                    tooltip="A .safetensors file from models/lofa, LoFA_v0's two published .pth files in it, "
-                    "or the one that comes with the pack and fits Load Miniature. It only fits the base "
-                    "model it was trained for.",
+                    tooltip="A .safetensors file from models/lofa, LoFA_v0's stage1_preview.pth, or the one "
+                    "that comes with the pack and fits Load Miniature. It only fits the base model it was "
+                    "trained for.",
+                ),
+                io.Combo.Input(
+                    "stage2",
+                    options=host.stage2_names(),
+                    default=host.NO_STAGE2,
+                    optional=True,
+                    tooltip="LoFA_v0 was published as two files: its stage2_preview.pth. Leave it at none "
+                    "for a .safetensors file.",
                 ),
             ],
             outputs=[
@@ -38,14 +46,20 @@ class LoadHypernetwork(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, hypernetwork):
-        return host.file_state(host.hypernetwork_files(hypernetwork))
+    def fingerprint_inputs(cls, hypernetwork, stage2=host.NO_STAGE2):
+        return host.file_state(host.hypernetwork_files(hypernetwork, stage2))
 
     @classmethod
-    def execute(cls, hypernetwork) -> io.NodeOutput:
-        files = host.hypernetwork_files(hypernetwork)
-        load = load_released if len(files) == 2 else load_hypernetwork
-        return io.NodeOutput(load(*files, dtype=None))
+    def execute(cls, hypernetwork, stage2=host.NO_STAGE2) -> io.NodeOutput:
+        published, alone = hypernetwork.endswith(".pth"), stage2 == host.NO_STAGE2
+        if published and alone:
+            raise ValueError(
+                f"{hypernetwork} is one of LoFA_v0's two files. Choose stage2_preview.pth as stage2."
+            )
+        if not published and not alone:
+            raise ValueError(f"{hypernetwork} is whole: set stage2 to {host.NO_STAGE2}, not {stage2}.")
+        load = load_released if published else load_hypernetwork
+        return io.NodeOutput(load(*host.hypernetwork_files(hypernetwork, stage2), dtype=None))
 
 
 class LoadMiniature(io.ComfyNode):

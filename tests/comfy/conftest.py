@@ -12,14 +12,19 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from test_released import SMALL, published_files, released
 
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS, RUN_SECONDS = 300, 300
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+WAN = "wan2.1_t2v_1.3B_fp16.safetensors"
+MINIATURE_V0 = replace(
+    SMALL, condition_width=64, out_features=96, in_features=96, patch=24, width=24, feature_blocks=(0, 2)
+)
 PAGE_ONLY = {"Note", "MarkdownNote"}  # nodes that live in the page and are never sent to the server
 
 
@@ -164,6 +169,11 @@ def server(installation, tmp_path_factory):
     miniature = ROOT / "lofa_core/miniature"
     _link(miniature / "transformer/wan_miniature.safetensors", data / "models/diffusion_models")
     _link(miniature / "vae/wan_miniature_vae.safetensors", data / "models/vae")
+    # Under the names in workflows/wan_text_action.json: the miniature for WAN, random stages for LoFA_v0.
+    _link(miniature / "transformer/wan_miniature.safetensors", data / "models/diffusion_models" / WAN)
+    _link(miniature / "vae/wan_miniature_vae.safetensors", data / "models/vae/wan_2.1_vae.safetensors")
+    (data / "models/lofa").mkdir()
+    published_files(data / "models/lofa", released(MINIATURE_V0, depths=4))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -193,8 +203,8 @@ def server(installation, tmp_path_factory):
 
 
 def _link(target: Path, place: Path) -> None:
-    """A symbolic link at `place`, or in it where the target is a file."""
-    place = place / target.name if target.is_file() else place
+    """A symbolic link at `place`, or in it where the target is a file and `place` names a folder."""
+    place = place / target.name if target.is_file() and not place.suffix else place
     place.parent.mkdir(parents=True, exist_ok=True)
     place.symlink_to(target, target_is_directory=target.is_dir())
 

@@ -21,6 +21,7 @@ args.cpu = True  # before anything looks for a device
 import comfy.model_management  # noqa: E402
 import comfy.sd  # noqa: E402
 import torch  # noqa: E402
+from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 
@@ -65,6 +66,73 @@ def unpatched_weights(host) -> dict:
         "patched_by": (in_memory.float() - truth[f"{name}.weight"].float()).abs().max().item(),
         "same_fingerprint": weights.fingerprint() == host.base_weights(model).fingerprint(),
     }
+
+
+def states_of_the_model(host) -> dict:
+    """For each state a MODEL may be in: the largest difference between the weights read from it and what its
+    file holds, and how their quantisation is called.
+    """
+    from lofa_pack.lofa_core import miniature
+
+    with safe_open(miniature.DIFFUSION_MODEL, "pt") as file:
+        metadata = file.metadata()
+    truth = load_file(miniature.DIFFUSION_MODEL)
+    targets = {f"{layer.name}.weight" for layer in host.base_weights(host.load_miniature()[0]).model.layers}
+    scaled, dequantised = {"scaled_fp8": torch.tensor([], dtype=torch.float8_e4m3fn)}, {}
+    for key, value in truth.items():
+        scaled[key] = value.bfloat16()
+        if key in targets:
+            scale = value.float().abs().max() / 448.0
+            scaled[key] = (value.float() / scale).to(torch.float8_e4m3fn)
+            scaled[key.removesuffix("weight") + "scale_weight"] = scale
+            dequantised[key] = scaled[key].float() * scale
+    found = {}
+
+    def check(name, model, wanted):
+        weights = host.base_weights(model)
+        difference = max(
+            (weights.read(layer).float() - wanted[f"{layer.name}.weight"].float()).abs().max().item()
+            for layer in weights.model.layers
+        )
+        found[name] = {
+            "difference": difference,
+            "called": host.quantisation(model, "diffusion_model.blocks.0.self_attn.q.weight"),
+        }
+
+    for dtype in (torch.float16, torch.bfloat16, torch.float8_e4m3fn):
+        model = comfy.sd.load_diffusion_model(str(miniature.DIFFUSION_MODEL), model_options={"dtype": dtype})
+        check(str(dtype), model, {key: value.to(dtype) for key, value in truth.items()})
+    model = comfy.sd.load_diffusion_model_state_dict(dict(scaled), metadata=dict(metadata))
+    check("scaled fp8", model, dequantised)
+    lora = {
+        f"diffusion_model.{key.removesuffix('.weight')}.lora_{part}.weight": torch.randn(2, 96).view(shape)
+        for key in targets
+        for part, shape in (("A", (2, 96)), ("B", (96, 2)))
+    }
+    patched = host.apply_lora(model, lora, layers=32, strength=1.0)
+    comfy.model_management.load_models_gpu([patched], force_full_load=True)
+    check("scaled fp8, loaded with a LoRA", patched, dequantised)
+    patched.detach()
+    check("scaled fp8, unloaded again", patched, dequantised)
+    return found
+
+
+def text_conditions(host) -> dict:
+    """What Text Condition gives for one prompt, and its errors for two prompts and for another width."""
+    from lofa_pack.lofa_core.checkpoint import load_hypernetwork
+    from lofa_pack.nodes.conditions import TextCondition
+
+    hypernetwork = load_hypernetwork(*host.hypernetwork_files(host.EMBEDDED_HYPERNETWORK))
+    _, clip, _ = host.load_miniature()
+    one = clip.encode_from_tokens_scheduled(clip.tokenize(PROMPT))
+    condition = TextCondition.execute(hypernetwork, one).result[0]
+    found = {"difference": (condition.tokens - host.encode_text(clip, PROMPT)).abs().max().item()}
+    for name, conditioning in {"two": one + one, "wide": [[torch.zeros(1, 77, 768), {}]]}.items():
+        try:
+            TextCondition.execute(hypernetwork, conditioning)
+        except ValueError as error:
+            found[name] = str(error)
+    return found
 
 
 def hooked_weights(host) -> dict:
@@ -129,7 +197,9 @@ if __name__ == "__main__":
         pack = load_pack()
         looks = (
             unpatched_weights,
+            states_of_the_model,
             hooked_weights,
+            text_conditions,
             text_encoding,
             lora_that_does_not_match,
             wrong_text_encoder,

@@ -24,6 +24,30 @@ def test_base_weights_are_read_without_the_lora_on_them(seen):
     assert weights["same_fingerprint"]
 
 
+@pytest.mark.parametrize(
+    ("state", "called"),
+    [
+        ("torch.float16", ""),
+        ("torch.bfloat16", ""),
+        ("torch.float8_e4m3fn", "float8_e4m3fn"),
+        ("scaled fp8", "FP8E4M3"),
+        ("scaled fp8, loaded with a LoRA", "FP8E4M3"),
+        ("scaled fp8, unloaded again", "FP8E4M3"),
+    ],
+)
+def test_base_weights_are_the_files_whatever_state_the_model_is_in(seen, state, called):
+    found = seen["states_of_the_model"][state]
+    assert found["difference"] < 1e-6
+    assert found["called"] == called
+
+
+def test_text_condition_takes_one_prompt_of_the_right_encoder(seen):
+    found = seen["text_conditions"]
+    assert found["difference"] == 0.0
+    assert "2 prompts" in found["two"]
+    assert "768" in found["wide"] and "64" in found["wide"] and "CONDITIONING" in found["wide"]
+
+
 def test_base_weights_are_read_without_a_hook_on_them(seen):
     assert seen["hooked_weights"] == {"name": "blocks.0.self_attn.q", "difference": 0.0}
 
