@@ -217,8 +217,10 @@ class Trunk(nn.Module):
         if not padding.any():
             return condition, None
         longest = int((~padding).any(0).nonzero().max()) + 1
-        rows = condition[:, :longest]
-        bias = torch.zeros_like(rows[..., 0]).masked_fill(padding[:, :longest], float("-inf"))
+        rows, padding_between = condition[:, :longest], padding[:, :longest]
+        if self.config.mask_padding and not padding_between.any():
+            return rows, None
+        bias = torch.zeros_like(rows[..., 0]).masked_fill(padding_between, float("-inf"))
         if self.config.mask_padding:
             return rows, bias
         zeros = padding.sum(1, keepdim=True).to(bias.dtype)

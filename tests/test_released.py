@@ -149,6 +149,26 @@ def test_other_sizes_are_inferred_and_agree_with_a_slow_second_implementation(tm
             assert torch.allclose(found.responses[name], logit.sigmoid(), atol=PARITY)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 0.1)])
+def test_a_gpu_gives_the_cpus_lora(expected, dtype, tolerance):
+    net, base = load_released(*STAGES), BaseWeights.open(REFERENCE / "base.safetensors")
+    wanted = predict(net, base, expected["text_emb"]).lora
+    found = predict(net, base, expected["text_emb"], device="cuda", dtype=dtype)
+    for name in wanted:
+        gap = found.lora.delta(name) - wanted.delta(name)
+        assert gap.norm() < tolerance * wanted.delta(name).norm()
+        assert found.responses[name].device.type == "cpu"
+
+
+def test_bfloat16_is_near_float32(expected):
+    net, base = load_released(*STAGES), BaseWeights.open(REFERENCE / "base.safetensors")
+    wanted = predict(net, base, expected["text_emb"]).lora
+    found = predict(net, base, expected["text_emb"], dtype=torch.bfloat16).lora
+    gaps = [((found.delta(n) - wanted.delta(n)).norm() / wanted.delta(n).norm()).item() for n in wanted]
+    assert 0.0 < sum(gaps) / len(gaps) < 0.1
+
+
 def test_padding_takes_part_and_its_amount_matters():
     net, base = released(), BaseWeights.from_tensors(base_tensors())
     text = torch.randn(1, 4, 6, generator=torch.Generator().manual_seed(1))
@@ -178,7 +198,7 @@ class Attack:
 def test_code_in_a_pickle_is_refused_and_never_run(tmp_path):
     trace = tmp_path / "was_run"
     torch.save({"patch_embed.proj.weight": Attack(trace)}, tmp_path / "zip.pth")
-    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Attack(trace)))
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Attack(trace), protocol=2))
     for name in ("zip.pth", "plain.pth"):
         with pytest.raises(ValueError, match=rf"{name}.*not run"):
             load_released(tmp_path / name, STAGES[1])
