@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from .descriptions import HypernetworkConfig, LayerDescription
 
@@ -158,6 +159,7 @@ class Trunk(nn.Module):
         super().__init__()
         width, side, film = config.width, config.patch, config.modulation == "film"
         self.config, self.side = config, side
+        self.checkpoint_activations = False  # in training: compute blocks again in the backward pass
         self.rows, self.columns = config.out_features // side, config.in_features // side
         kinds = list(dict.fromkeys(layer.kind for layer in layers))
         # On the CPU even where the network itself is built on the meta device, to be filled from a file.
@@ -252,8 +254,10 @@ class Trunk(nn.Module):
         code = None
         if condition.summary is not None:
             code = self.code(condition.summary.unsqueeze(1) + layer).flatten(0, 1)
+        recompute = self.checkpoint_activations and torch.is_grad_enabled()
         for block, keys_values in zip(self.blocks, condition.keys_values, strict=True):
-            x = block(x, keys_values, condition.bias, code, features)
+            inputs = (x, keys_values, condition.bias, code, features)
+            x = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
         return self.norm(x).unflatten(0, (conditions, -1))
 
     def silence_features(self) -> None:

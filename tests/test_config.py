@@ -71,8 +71,13 @@ def test_whole_numbers_stand_for_floats_and_lists_become_tuples(tmp_path):
     ("text", "named"),
     [
         (LEAST + "sed = 1\n", "unknown key 'sed'. Known here: base, out, data"),
-        (LEAST + "[lora]\nrnak = 4\n", "[lora]: unknown key 'rnak'. Known here: rank"),
-        (LEAST + "[stage3]\nsteps = 1\n", "unknown key 'stage3'"),
+        (LEAST + "[lora]\nrnak = 4\n", "[lora]: unknown key 'rnak'. Did you mean 'rank'?"),
+        (LEAST + "[lora]\nxyz = 4\n", "[lora]: unknown key 'xyz'. Known here: rank"),
+        (LEAST + "[stage3]\nsteps = 1\n", "unknown key 'stage3'. Did you mean 'stage"),
+        (LEAST + '[stage1]\noptimiser = "sgd"\n', "optimiser must be one of 'muon', 'adamw', not 'sgd'"),
+        (LEAST + "[stage1]\nsteps = 0\n", "[stage1]: steps = 0: expected 1 or more"),
+        (LEAST + "[stage2]\ntasks = 6\naccumulate = 4\n", "accumulate = 4 does not divide tasks = 6"),
+        (LEAST + '[stage2]\nreconstruction = "l3"\n', "reconstruction = 'l3': expected one of factors"),
         (LEAST + "lora = 4\n", "[lora] must be a table, not 4"),
         (LEAST + '[lora]\nrank = "4"\n', "[lora]: rank must be int, not '4'"),
         (LEAST + "[lora]\nrank = 4.0\n", "[lora]: rank must be int, not 4.0"),
@@ -94,12 +99,43 @@ def test_what_is_wrong_is_named_with_its_file_and_table(tmp_path, text, named):
     assert named in str(error.value) and "run.toml" in str(error.value)
 
 
+def test_the_command_lines_overrides_come_last(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(LEAST + "[stage1]\nsteps = 3\nseed = 4\n")
+    overrides = [
+        "stage1.steps=7",
+        "out=runs/other",
+        "stage2.reconstruction=delta",
+        "network.feature_blocks=[1]",
+    ]
+    config = load_config(path, overrides)
+    assert config.stage1 == Stage1Config(steps=7, seed=4) and config.out == "runs/other"
+    assert config.stage2.reconstruction == "delta" and config.network.feature_blocks == (1,)
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("stage1.stps=7", r"unknown key 'stps'\. Did you mean 'steps'"),
+        ("stage1.steps=many", "steps must be int, not 'many'"),
+        ("stage1.steps", "expected section.key=value"),
+        ("a.b.c=1", "expected section.key=value"),
+        ("out.x=1", "out is a value, not a section"),
+    ],
+)
+def test_an_override_that_is_wrong_is_named(tmp_path, override, named):
+    path = tmp_path / "run.toml"
+    path.write_text(LEAST)
+    with pytest.raises(ValueError, match=named):
+        load_config(path, [override])
+
+
 @pytest.mark.parametrize("text", [None, LEAST + "[lora]\nrnak = 4\n", 'base = "wan"\nout = "{out}"\n'])
 def test_the_command_line_says_what_is_wrong_and_returns_two(tmp_path, monkeypatch, capsys, text):
     path = tmp_path / "run.toml"
     if text is not None:
         path.write_text(text.replace("{out}", (tmp_path / "out").as_posix()))
-    monkeypatch.setattr(sys, "argv", ["train.py", "loras", "--config", str(path)])
+    monkeypatch.setattr(sys, "argv", ["train.py", "lora-dataset", "--config", str(path)])
     assert train.main() == 2
     said = capsys.readouterr()
     wanted = (

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from training.optimisers import MuonAdamW, orthogonalised
+from training.optimisers import MuonAdamW, orthogonalised, set_learning_rate, warm_up_and_cosine
+
+RATE = 1e-2
 
 
 class Parts(nn.Module):
@@ -28,12 +30,14 @@ class Parts(nn.Module):
 
 def step(model, optimiser, factor=1.0):
     model().backward()
-    optimiser.step(factor)
+    set_learning_rate(optimiser, RATE * factor)
+    optimiser.step()
+    optimiser.zero_grad()
 
 
 def made(**kwargs):
     model = Parts()
-    return model, MuonAdamW(model, 1e-2, muon_rate=1e-2, **({"adamw_names": ("embedding",)} | kwargs))
+    return model, MuonAdamW(model, RATE, **({"adamw_names": ("embedding",)} | kwargs))
 
 
 def test_every_parameter_moves_and_what_is_frozen_stays():
@@ -93,14 +97,16 @@ def test_matrices_of_one_shape_share_a_product_but_not_their_state():
     torch.manual_seed(0)
     both = nn.ModuleList([nn.Linear(5, 4), nn.Linear(5, 4)])
     alone = copy.deepcopy(both[1])
-    together = MuonAdamW(both, 1e-2, muon_rate=1e-2, adamw_names=("none",))
-    single = MuonAdamW(alone, 1e-2, muon_rate=1e-2, adamw_names=("none",))
+    together = MuonAdamW(both, RATE, adamw_names=("none",))
+    single = MuonAdamW(alone, RATE, adamw_names=("none",))
     x = torch.randn(7, 5)
     for _ in range(3):
         (both[0](x).square().sum() + both[1](x).pow(4).sum()).backward()
-        together.step(1.0)
+        together.step()
+        together.zero_grad()
         alone(x).pow(4).sum().backward()
-        single.step(1.0)
+        single.step()
+        single.zero_grad()
     assert torch.allclose(both[1].weight, alone.weight, atol=1e-6)
     assert not torch.allclose(both[0].weight, alone.weight, atol=1e-2)
 
@@ -142,6 +148,26 @@ def test_gradients_are_cleared_and_only_momentum_moves_a_matrix_without_one():
     assert all(parameter.grad is None for parameter in model.parameters())
     before = copy.deepcopy(model.state_dict())
     model.conv.weight.square().sum().backward()
-    optimiser.step(1.0)
+    optimiser.step()
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {"conv.weight", "linear.weight"}
+
+
+def test_a_loaded_state_goes_on_exactly_where_it_was():
+    model, optimiser = made()
+    for _ in range(3):
+        step(model, optimiser)
+    copied, fresh = made()
+    copied.load_state_dict(model.state_dict())
+    fresh.load_state_dict(copy.deepcopy(optimiser.state_dict()))
+    for _ in range(3):
+        step(model, optimiser, 0.7)
+        step(copied, fresh, 0.7)
+    assert all(torch.equal(value, copied.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_the_rate_climbs_a_line_and_falls_a_cosine():
+    factors = [warm_up_and_cosine(step, 100, 10) for step in range(101)]
+    assert factors[0] == pytest.approx(0.1, abs=1e-3) and factors[4] == pytest.approx(0.5, abs=0.01)
+    assert max(factors) == factors[9] > 0.97 and factors[100] == pytest.approx(0.02)
+    assert factors[50] == pytest.approx(0.51) and factors[9:] == sorted(factors[9:], reverse=True)

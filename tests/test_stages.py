@@ -1,11 +1,14 @@
-"""Training of both stages: the losses against explicit loops, who is trained and who is not, seeds."""
+"""What both stages learn: the losses against explicit loops, who is trained and who is not, seeds."""
 
 import copy
+import io
+import json
 import math
 
-import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from rich.console import Console
 from tiny import condition, generator, network, weights
 from tiny_tasks import ACTIONS, Tasks, loras, sized_network
 
@@ -13,10 +16,13 @@ from lofa_core.hypernetwork import GaussianResponse
 from training import flow
 from training.config import Stage1Config, Stage2Config
 from training.injection import target_modules
-from training.stages import _schedule, _some_tasks, _teacher, stage1_loss, train_stage1, train_stage2
+from training.lora_dataset import LoRADataset
+from training.stages import Stage1, Stage2, stage1_losses
+from training.trainer import draw as drawn
+from training.trainer import noise_from, train
 
 
-def test_stage_one_loss_is_cross_entropy_of_the_map_plus_the_likelihood_of_dw():
+def test_stage_one_losses_are_cross_entropy_of_the_map_and_the_likelihood_of_dw():
     draw = generator(0)
     W = torch.randn(2, 3, 4, generator=draw)
     A, B = torch.randn(2, 2, 2, 4, generator=draw), 0.02 * torch.randn(2, 2, 3, 2, generator=draw)
@@ -39,9 +45,9 @@ def test_stage_one_loss_is_cross_entropy_of_the_map_plus_the_likelihood_of_dw():
         log_deviation = (response.row_log_deviation[k, n, i] + response.column_log_deviation[k, n, j]).item()
         likelihood += 0.5 * ((delta - mean) / math.exp(log_deviation)) ** 2 + log_deviation
         typical += log_deviation
-    wanted = entropy / len(cells) + 0.3 * (likelihood - typical) / len(cells)
-    assert stage1_loss(response, W, A, B, 0.3).item() == pytest.approx(wanted, rel=1e-4)
-    assert stage1_loss(response, W, A, B, 0.0).item() == pytest.approx(entropy / len(cells), rel=1e-4)
+    found = stage1_losses(response, W, A, B)
+    assert found["cross_entropy"].item() == pytest.approx(entropy / len(cells), rel=1e-4)
+    assert found["likelihood"].item() == pytest.approx((likelihood - typical) / len(cells), rel=1e-4)
 
 
 def test_stage_one_loss_is_lower_for_the_truth_and_does_not_burst_where_it_is_surely_wrong():
@@ -52,7 +58,8 @@ def test_stage_one_loss_is_lower_for_the_truth_and_does_not_burst_where_it_is_su
     )
     deviation = torch.full((1, 4, 16), -6.0), torch.zeros(1, 4, 16)
     right, wrong = (GaussianResponse(a, B, torch.zeros(0), *deviation) for a in (A, 30.0 * A))
-    assert stage1_loss(right, W, A, B, 0.0) < 0.2 < stage1_loss(wrong, W, A, B, 0.0) < 14.0
+    right, wrong = (stage1_losses(response, W, A, B)["cross_entropy"] for response in (right, wrong))
+    assert right < 0.2 < wrong < 14.0
 
 
 def unreached(module, loss):
@@ -64,7 +71,7 @@ def test_gradients_reach_every_parameter_of_stage_one():
     net, index = network(), torch.arange(16)
     response = net.stage1(net.patches(weights()), index, net.stage1.trunk.project(condition(2)))
     A, B = torch.randn(2, 16, 3, 16), 0.1 * torch.randn(2, 16, 16, 3)
-    assert unreached(net.stage1, stage1_loss(response, weights(), A, B, 0.1)) == []
+    assert unreached(net.stage1, sum(stage1_losses(response, weights(), A, B).values())) == []
     assert all(parameter.grad is None for parameter in net.stage2.parameters())
 
 
@@ -84,56 +91,65 @@ def copied(module):
     return {name: value.detach().clone() for name, value in module.state_dict().items()}
 
 
-def run_stage1(seed=0, steps=4, start=0):
+def dataset(actions, A, B):
+    return LoRADataset(A, B, list(actions))
+
+
+def run(stage, folder):
+    train(stage, stage.settings, folder, Accelerator(cpu=True), Console(file=io.StringIO()))
+    return [json.loads(line) for line in (folder / "losses.jsonl").read_text().splitlines()]
+
+
+def run_stage1(folder, seed=0, steps=4, start=0):
     net = sized_network(start, randomised=False)
     A, B = loras(3, size=0.01)  # about as strong as the threshold: some entries respond, some do not
     net.statistics.fit(A, B)
-    settings = Stage1Config(steps=steps, tasks=2, layers=4, likelihood_weight=0.1, seed=seed)
-    train_stage1(net, Tasks(), ACTIONS[:3], A, B, settings, lambda step, figures: None)
+    settings = Stage1Config(
+        steps=steps, tasks=2, layers=4, warm_up=1, likelihood_weight=0.1, seed=seed, validate_every=0
+    )
+    run(Stage1(net, Tasks(), dataset(ACTIONS[:3], A, B), None, settings, torch.device("cpu")), folder)
     return net
 
 
-def test_stage_one_training_moves_all_of_stage_one_and_nothing_else():
+def test_stage_one_training_moves_all_of_stage_one_and_nothing_else(tmp_path):
     before = sized_network(0, randomised=False)
-    net = run_stage1()
+    net = run_stage1(tmp_path)
     assert moved(net.stage1, copied(before.stage1))[1] == []
     assert moved(net.stage2, copied(before.stage2))[0] == []
 
 
-def test_stage_one_training_repeats_by_seed():
-    first, again, other = run_stage1(), run_stage1(), run_stage1(seed=1)
+def test_stage_one_training_repeats_by_seed(tmp_path):
+    first, again, other = (run_stage1(tmp_path / str(n), seed=n // 2) for n in range(3))
     assert all(torch.allclose(v, again.state_dict()[k], atol=1e-6) for k, v in first.state_dict().items())
     key = "stage1.heads.to_A.weight"
     assert not torch.allclose(first.state_dict()[key], other.state_dict()[key], atol=1e-6)
 
 
-def test_stage_one_training_lowers_its_loss():
-    net, (A, B) = run_stage1(steps=1), loras(3, size=0.01)
-    trained, data = run_stage1(steps=50), Tasks()
+def test_stage_one_training_lowers_its_loss(tmp_path):
+    net, (A, B) = run_stage1(tmp_path / "short", steps=1), loras(3, size=0.01)
+    trained, data = run_stage1(tmp_path / "long", steps=50), Tasks()
     given, W = data.conditions([data.sentence(a, None) for a in ACTIONS[:3]]), data.stacked_weights()
 
     def loss(net):
         response = net.stage1(net.patches(W), torch.arange(8), net.stage1.trunk.project(given))
-        return stage1_loss(response, W, A, B, 0.1).item()
+        return stage1_losses(response, W, A, B)["cross_entropy"].item()
 
     assert loss(trained) < loss(net) - 0.02
 
 
-def run_stage2(tmp_path, net=None, data=None, known=("wave", "jump"), factors=None, **changes):
-    net, data = net or sized_network(), data or Tasks()
-    A, B = factors or loras(len(known))
+def stage2(net=None, data=None, known=("wave", "jump"), factors=None, **changes):
     settings = {
-        "steps": 3,
-        "tasks": 2,
-        "clips": 1,
-        "fine_prompts": 0.5,
-        "seed": 0,
-        "learning_rate": 2e-3,
-    } | changes
-    reports = []
-    train_stage2(net, data, list(known), A, B, Stage2Config(**settings), tmp_path / "stage2.pt",
-                 lambda step, figures: reports.append((step, dict(figures))))  # fmt: skip
-    return net, reports
+        "steps": 3, "tasks": 2, "clips": 1, "fine_prompts": 0.5, "warm_up": 1, "validate_every": 0,
+    } | changes  # fmt: skip
+    known = dataset(known, *(factors or loras(len(known))))
+    return Stage2(
+        net or sized_network(), data or Tasks(), known, None, Stage2Config(**settings), torch.device("cpu")
+    )
+
+
+def run_stage2(folder, *arguments, **changes):
+    stage = stage2(*arguments, **changes)
+    return stage, run(stage, folder)
 
 
 def test_stage_two_training_moves_all_of_stage_two_and_nothing_else(tmp_path):
@@ -141,7 +157,7 @@ def test_stage_two_training_moves_all_of_stage_two_and_nothing_else(tmp_path):
     started = copy.deepcopy(net)
     started.stage2.start_from(started.stage1)
     base = copied(data.model)
-    run_stage2(tmp_path, net, data, steps=4)
+    run_stage2(tmp_path, net, data, steps=4, with_lora=0.5)
     assert moved(net.stage2, copied(started.stage2))[1] == []
     assert moved(net.stage1, copied(started.stage1))[0] == []
     assert all(
@@ -151,21 +167,27 @@ def test_stage_two_training_moves_all_of_stage_two_and_nothing_else(tmp_path):
     assert all(parameter.grad is None for parameter in data.model.parameters())
 
 
-def test_stage_two_training_repeats_by_seed_and_leaves_its_average_in_the_file(tmp_path):
-    first, again, other = (run_stage2(tmp_path / str(i), seed=i // 2) for i in made(tmp_path, 3))
-    assert first[1][-1][0] == 3 and first[1][-1][1] == pytest.approx(again[1][-1][1])
-    for key, value in first[0].stage2.state_dict().items():
-        assert torch.allclose(value, again[0].stage2.state_dict()[key], atol=1e-6)
+def test_stage_two_training_repeats_by_seed_and_averages_its_weights(tmp_path):
+    (first, log), (again, same), (other, _) = (run_stage2(tmp_path / str(n), seed=n // 2) for n in range(3))
+    assert len(log) == 3 and log == same
+    average, last = first.average.state_dict(), first.hypernetwork.stage2.state_dict()
     key = "heads.to_B.weight"
-    assert not torch.allclose(first[0].stage2.state_dict()[key], other[0].stage2.state_dict()[key], atol=1e-6)
-    kept = torch.load(tmp_path / "0" / "stage2.pt", weights_only=True)
-    assert all(torch.equal(value, kept[key]) for key, value in first[0].stage2.state_dict().items())
+    assert torch.equal(average[key], again.average.state_dict()[key])
+    assert not torch.allclose(average[key], other.average.state_dict()[key], atol=1e-6)
+    assert not torch.equal(average[key], last[key])
 
 
-def made(folder, count):
-    for number in range(count):
-        (folder / str(number)).mkdir()
-    return range(count)
+def test_the_average_is_exponential_with_a_warm_up():
+    stage = stage2(ema_decay=0.9)
+    key = "heads.to_B.weight"
+    kept = stage.average.state_dict()[key].clone()
+    for step in range(100):
+        with torch.no_grad():
+            stage.hypernetwork.stage2.heads.to_B.weight.fill_(float(step))
+        stage.after_step(step)
+        decay = min(0.9, (1 + step) / (10 + step))
+        kept = decay * kept + (1.0 - decay) * float(step)
+        assert torch.allclose(stage.average.state_dict()[key], kept, atol=1e-4)
 
 
 @torch.no_grad()
@@ -189,13 +211,15 @@ def test_stage_two_losses_of_the_first_step_are_those_of_the_equations(tmp_path,
             net.patches(W), index, net.stage1.trunk.project(data.conditions(["someone can wave"]))
         )
     known_actions = ("wave",) if known else ()
-    _, reports = run_stage2(
+    _, log = run_stage2(
         tmp_path, net, data, known_actions, (A, B), steps=1, tasks=1, clips=1, fine_prompts=fine,
         teacher_guidance=1.4,
     )  # fmt: skip
-    torch.manual_seed(0)
+    rng = drawn(0, 0, 0)
+    rng.integers(1), rng.integers(1, size=1)  # the task, its clip
+    noises = noise_from(rng)
     clean = data.clips.latents.float()
-    noise, times = torch.randn_like(clean), flow.random_times(1)
+    noise, times = torch.randn(clean.shape, generator=noises), flow.random_times(1, noises)
     x = flow.noised(clean, noise, times)
     sentence, coarse = data.prompts(["a person can wave"]), data.coarse()
     said = velocity_with(data, first.A[0], first.B[0], x, times, sentence if fine else coarse)
@@ -215,7 +239,11 @@ def test_stage_two_losses_of_the_first_step_are_those_of_the_equations(tmp_path,
         a = [(first.A[0, n] - A[0, n]).abs().mean() / s.A_scale[n] for n in range(8)]
         b = [(first.B[0, n] - B[0, n]).abs().mean() / s.B_scale[n] for n in range(8)]
         wanted["reconstruction"] = (sum(a) / 8 + sum(b) / 8).item()
-    assert reports[0][1] == pytest.approx(wanted, rel=1e-4)
+    else:
+        wanted["reconstruction"] = 0.0
+    weights = {"diffusion": 0.25, "distillation": 1.0, "reconstruction": 0.17}
+    wanted["loss"] = sum(weights[name] * value for name, value in wanted.items())
+    assert log[0] == pytest.approx(wanted | {"step": 1}, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["reconstruction", "diffusion", "distillation"])
@@ -224,22 +252,22 @@ def test_each_loss_alone_trains_stage_two_and_goes_down(tmp_path, name):
         f"{other}_weight": float(other == name) for other in ("reconstruction", "diffusion", "distillation")
     }
     data = Tasks(("wave", "jump"), clips=1)
-    settings = {"fine_prompts": 0.0, "tasks": 4} | only
-    _, [(_, first)] = run_stage2(tmp_path, data=data, steps=1, **settings)
-    _, [(step, last)] = run_stage2(tmp_path, data=data, steps=60, **settings)
-    assert step == 60 and last[name] < 0.9 * first[name]
-    assert ("distillation" in last) == (name == "distillation")
+    settings = {"fine_prompts": 0.0, "tasks": 4, "with_lora": 1.0} | only
+    _, log = run_stage2(tmp_path, data=data, steps=60, **settings)
+    first, last = (sum(line[name] for line in part) for part in (log[:6], log[-6:]))
+    assert len(log) == 60 and last < 0.9 * first
+    assert ("distillation" in log[0]) == (name == "distillation")
+    assert ("reconstruction" in log[0]) == (name == "reconstruction")
 
 
 @pytest.mark.parametrize("guidance", [1.0, 1.5])
 def test_the_teacher_is_the_own_lora_under_the_coarse_prompt_or_the_guided_fine_prompt(guidance):
-    data, (A, B) = Tasks(), loras(2)
-    names = [layer.name for layer in data.weights.model.layers]
-    modules, draw = target_modules(data.model, names), generator(3)
-    x, times = torch.randn(8, 16, 2, 4, 4, generator=draw), torch.rand(8, generator=draw)
+    data, (A, B), noises = Tasks(), loras(2), generator(3)
+    stage = stage2(data=data, factors=(A, B), clips=2, teacher_guidance=guidance)
+    x, times = torch.randn(8, 16, 2, 4, 4, generator=noises), torch.rand(8, generator=noises)
     fine, coarse = data.prompts(ACTIONS).repeat_interleave(2, 0), data.coarse()
     rows = torch.tensor([-1, 1, -1, 0])
-    found = _teacher(data.model, modules, names, x, times, fine, coarse, rows, A, B, 2, guidance)
+    found = stage._teacher(x, times, fine, rows)
     for task, row in enumerate(rows.tolist()):
         for clip in (2 * task, 2 * task + 1):
             part = slice(clip, clip + 1)
@@ -251,17 +279,17 @@ def test_the_teacher_is_the_own_lora_under_the_coarse_prompt_or_the_guided_fine_
             assert torch.allclose(found[part], wanted, atol=1e-5)
 
 
-def test_a_quarter_of_the_tasks_have_a_lora_of_their_own_where_there_are_any():
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        tasks = _some_tasks(ACTIONS, ["wave"], 11, rng)
-        assert len(tasks) == 11 and tasks[:2] == ["wave"] * 2 and set(tasks) <= set(ACTIONS)
-    assert len(_some_tasks(ACTIONS, [], 5, rng)) == 5
-    assert {t for _ in range(50) for t in _some_tasks(ACTIONS, ["wave"], 4, rng)} == set(ACTIONS)
+def test_the_first_items_of_a_step_have_a_lora_of_their_own_where_there_are_any():
+    stage = stage2(known=("wave",), tasks=11, with_lora=0.25)
+    tasks = [stage.tasks(step, range(11)) for step in range(20)]
+    assert all(names[:3] == ["wave"] * 3 for names in tasks)
+    assert {name for names in tasks for name in names[3:]} == set(ACTIONS)
+    alone = stage2(known=(), factors=(torch.zeros(0, 8, 2, 48), torch.zeros(0, 8, 48, 2)), tasks=5)
+    assert {name for step in range(20) for name in alone.tasks(step, range(5))} == set(ACTIONS)
 
 
-def test_the_schedule_warms_up_over_a_twentieth_and_falls_to_a_fiftieth():
-    values = [_schedule(step, 100) for step in range(100)]
-    assert values[:5] == sorted(values[:5]) and values[5:] == sorted(values[5:], reverse=True)
-    assert values[0] == pytest.approx(0.2) and max(values) <= 1.0 and values[4] > 0.99
-    assert values[-1] == pytest.approx(0.02, abs=0.001) and _schedule(0, 1) == pytest.approx(1.0)
+def test_an_item_of_a_step_is_the_same_task_whoever_takes_it():
+    stage = stage2(tasks=8)
+    together = stage.tasks(3, range(8))
+    assert stage.tasks(3, range(0, 8, 2)) == together[::2] and stage.tasks(3, [7]) == together[7:]
+    assert stage.tasks(4, range(8)) != together

@@ -1,13 +1,10 @@
-"""Stage I and Stage II training (LoFA section 3.3). Data parallel under torchrun through accelerate."""
+"""Stage I and Stage II (LoFA section 3.3): what each learns from a step's tasks. trainer.py runs them."""
 
 import copy
-import math
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,63 +14,79 @@ from lofa_core.response_map import response_map
 from . import flow
 from .config import Stage1Config, Stage2Config
 from .injection import injected, target_modules
+from .lora_dataset import LoRADataset
+from .losses import RECONSTRUCTION
 from .miniature.tasks import MiniatureTasks
-from .optimisers import MuonAdamW
-
-Report = Callable[[int, dict[str, float]], None]
-_EMBEDDINGS = ("embedding", "patch_embed", "position", "cls_token", "pooling_queries")
+from .trainer import draw, noise_from
+from .validation import response_cosines, weight_cosines
 
 
-def stage1_loss(
-    response: GaussianResponse, weights: Tensor, A: Tensor, B: Tensor, likelihood_weight: float
-) -> Tensor:
-    """Binary cross-entropy of the response map (eq. 4) + likelihood_weight x Gaussian negative log-likelihood
-    of dW.
+def stage1_losses(response: Response, weights: Tensor, A: Tensor, B: Tensor) -> dict[str, Tensor]:
+    """Binary cross-entropy of the response map (eq. 4) and, where Stage I predicts dW as a Gaussian, its
+    negative log-likelihood.
 
     weights [N, out, in]; targets A [K, N, r, in], B [K, N, out, r].
     """
     delta = B @ A
     wanted = response_map(weights.expand_as(delta), delta).float()
     probability = response.probability(weights).clamp(1e-6, 1.0 - 1e-6)
-    cross_entropy = F.binary_cross_entropy(probability, wanted)
-    log_deviation = response.row_log_deviation.unsqueeze(-1) + response.column_log_deviation.unsqueeze(-2)
-    error = (delta - response.B @ response.A) * (-log_deviation).exp()
-    typical = log_deviation.detach().mean()  # so that the term does not depend on the unit of dW
-    likelihood = (0.5 * error.pow(2) + log_deviation - typical).mean()
-    return cross_entropy + likelihood_weight * likelihood
+    losses = {"cross_entropy": F.binary_cross_entropy(probability, wanted)}
+    if isinstance(response, GaussianResponse):
+        log_deviation = response.row_log_deviation.unsqueeze(-1) + response.column_log_deviation.unsqueeze(-2)
+        error = (delta - response.B @ response.A) * (-log_deviation).exp()
+        typical = log_deviation.detach().mean()  # so that the term does not depend on the unit of dW
+        losses["likelihood"] = (0.5 * error.pow(2) + log_deviation - typical).mean()
+    return losses
 
 
-def train_stage1(
-    hypernetwork: Hypernetwork,
-    data: MiniatureTasks,
-    actions: list,
-    A: Tensor,
-    B: Tensor,
-    settings: Stage1Config,
-    report: Report,
-) -> None:
-    """Fit Stage I in place to per-task LoRAs A [K, L, r, in], B [K, L, out, r] of `actions`."""
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    rng, weights = _start(settings.seed, accelerator), data.stacked_weights().to(accelerator.device)
-    patches = hypernetwork.patches(weights)
-    wrapped = accelerator.prepare(_Stage1(hypernetwork))
-    optimiser = MuonAdamW(
-        hypernetwork.stage1, settings.learning_rate, muon_rate=settings.learning_rate, adamw_names=_EMBEDDINGS
-    )
-    for step in range(settings.steps):
-        picks = torch.from_numpy(rng.integers(len(actions), size=settings.tasks))
-        index = torch.from_numpy(rng.permutation(len(weights))[: settings.layers]).to(accelerator.device)
-        condition = data.conditions([data.sentence(actions[i], rng) for i in picks.tolist()]).to(
-            accelerator.device
-        )
-        response = wrapped(patches[index], index, condition)
-        targets = (x[picks][:, index.cpu()].to(accelerator.device) for x in (A, B))
-        loss = stage1_loss(response, weights[index], *targets, settings.likelihood_weight)
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(wrapped.parameters(), 1.0)
-        optimiser.step(_schedule(step, settings.steps))
-        if accelerator.is_main_process and step % 50 == 49:
-            report(step + 1, {"loss": loss.item()})
+class Stage1:
+    """Fits the hypernetwork's Stage I to the response maps of per-task LoRAs."""
+
+    name = "stage1"
+
+    def __init__(
+        self,
+        hypernetwork: Hypernetwork,
+        data: MiniatureTasks,
+        known: LoRADataset,
+        held_out: LoRADataset | None,
+        settings: Stage1Config,
+        device: torch.device,
+    ):
+        self.hypernetwork, self.data, self.known, self.held_out = hypernetwork, data, known, held_out
+        self.settings, self.device = settings, device
+        self.module = _Stage1(hypernetwork.to(device))
+        self.base = data.stacked_weights().to(device)
+        self.patches = hypernetwork.patches(self.base)
+        self.weights = {"cross_entropy": 1.0, "likelihood": settings.likelihood_weight}
+
+    def tasks(self, step: int, items: Sequence[int]) -> list[str]:
+        return [str(self.known.actions[pick]) for pick, _ in self._drawn(step, items)]
+
+    def _drawn(self, step: int, items: Sequence[int]) -> list[tuple[int, np.random.Generator]]:
+        draws = [draw(self.settings.seed, step, item) for item in items]
+        return [(int(rng.integers(len(self.known.actions))), rng) for rng in draws]
+
+    def losses(self, model: nn.Module, step: int, items: Sequence[int]) -> dict[str, Tensor]:
+        drawn = self._drawn(step, items)
+        sentences = [self.data.sentence(self.known.actions[pick], rng) for pick, rng in drawn]
+        layers = draw(self.settings.seed, step).permutation(len(self.base))[: self.settings.layers]
+        index = torch.from_numpy(layers).to(self.device)
+        response = model(self.patches[index], index, self.data.conditions(sentences).to(self.device))
+        picks = torch.tensor([pick for pick, _ in drawn])
+        targets = (x[picks][:, index.cpu()].to(self.device) for x in (self.known.A, self.known.B))
+        return stage1_losses(response, self.base[index], *targets)
+
+    def after_step(self, step: int) -> None:
+        pass
+
+    def state(self) -> list[nn.Module]:
+        return []
+
+    def validate(self) -> dict[str, float]:
+        if self.held_out is None:
+            return {}
+        return response_cosines(self.hypernetwork, self.data, self.known, self.held_out)
 
 
 class _Stage1(nn.Module):
@@ -102,137 +115,150 @@ class _Stage2(nn.Module):
         return self.stage2(patches, index, self.stage2.trunk.project(condition), features)
 
 
-def train_stage2(
-    hypernetwork: Hypernetwork,
-    data: MiniatureTasks,
-    lora_actions: list,
-    A: Tensor,
-    B: Tensor,
-    settings: Stage2Config,
-    out: Path,
-    report: Report,
-) -> None:
-    """Fit Stage II (from Stage I) with reconstruction, diffusion and distillation; averaged weights go to
-    `out`.
+class Stage2:
+    """Fits Stage II, started from Stage I, with reconstruction (eq. 6), diffusion (eq. 7) and distillation.
 
-    Reconstruction (eq. 6) needs a task's own LoRA: A [K, L, r, in], B [K, L, out, r] of `lora_actions`. The
-    diffusion loss (eq. 7) and the distillation run on every training task: the base model under the coarse
-    prompt with the predicted LoRA must match the clip's velocity, and a teacher's: the base with the task's
-    own LoRA, or under the fine prompt without.
+    Reconstruction needs a task's own LoRA. The diffusion loss and the distillation run on every task: the
+    base model under the coarse prompt with the predicted LoRA must match the clip's velocity, and a
+    teacher's: the base with the task's own LoRA, or under the fine prompt without. `average` is what is kept
+    in the end.
     """
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    device = accelerator.device
-    hypernetwork.stage2.start_from(hypernetwork.stage1)
-    hypernetwork.to(device).stage1.requires_grad_(False)
-    rng, patches = _start(settings.seed, accelerator), hypernetwork.patches(data.stacked_weights().to(device))
-    wrapped = accelerator.prepare(_Stage2(hypernetwork))
-    optimiser = MuonAdamW(
-        hypernetwork.stage2, settings.learning_rate, muon_rate=settings.learning_rate, adamw_names=_EMBEDDINGS
-    )
-    average = copy.deepcopy(hypernetwork.stage2).requires_grad_(False)
-    model = data.load_model().to(device)
-    names = [layer.name for layer in hypernetwork.base.layers]
-    modules = target_modules(model, names)
-    index, coarse = torch.arange(len(names), device=device), data.coarse().to(device)
-    shown = data.clips.action_weights().to(device)
-    own = {action: row for row, action in enumerate(lora_actions)}
-    running: dict[str, float] = {}
-    for step in range(settings.steps):
-        tasks = _some_tasks(data.training, lora_actions, settings.tasks, rng)
-        condition = data.conditions([data.sentence(action, rng) for action in tasks]).to(device)
-        predicted_A, predicted_B = wrapped(patches, index, condition)
 
-        picks = torch.cat([_some(data.clips_by_action[action], settings.clips, rng) for action in tasks])
-        clean = data.clips.latents[picks].float().to(device)
-        noise, times = torch.randn_like(clean), flow.random_times(len(clean)).to(device)
-        x = flow.noised(clean, noise, times)
-        # The action alone: clothes that the clip does not show would be noise in the teacher's answer.
-        fine = data.prompts([data.plain_sentence(action, rng) for action in tasks]).to(device)
-        fine = fine.repeat_interleave(settings.clips, 0)
-        text = fine if rng.random() < settings.fine_prompts else coarse.expand(len(clean), -1, -1)
+    name = "stage2"
 
-        with injected(modules, *by_name(names, predicted_A, predicted_B)):
-            velocity = model(x, times * 1000.0, text, return_dict=False)[0]
-        losses = {"diffusion": (shown * (velocity - (noise - clean)).pow(2)).mean()}
-        rows = torch.tensor([own.get(action, -1) for action in tasks])
+    def __init__(
+        self,
+        hypernetwork: Hypernetwork,
+        data: MiniatureTasks,
+        known: LoRADataset,
+        held_out: LoRADataset | None,
+        settings: Stage2Config,
+        device: torch.device,
+    ):
+        self.hypernetwork, self.data, self.known, self.held_out = hypernetwork, data, known, held_out
+        self.settings, self.device = settings, device
+        hypernetwork.stage2.start_from(hypernetwork.stage1)
+        hypernetwork.to(device).stage1.requires_grad_(False)
+        self.module = _Stage2(hypernetwork)
+        self.average = copy.deepcopy(hypernetwork.stage2).requires_grad_(False)
+        self.patches = hypernetwork.patches(data.stacked_weights().to(device))
+        self.model = data.load_model().to(device)
+        self.names = [layer.name for layer in hypernetwork.base.layers]
+        self.modules = target_modules(self.model, self.names)
+        self.index = torch.arange(len(self.names), device=device)
+        self.coarse = data.coarse().to(device)
+        self.shown = data.clips.action_weights().to(device)
+        self.own = {action: row for row, action in enumerate(known.actions)}
+        self.weights = {
+            name: getattr(settings, f"{name}_weight")
+            for name in ("diffusion", "distillation", "reconstruction")
+        }
+
+    def tasks(self, step: int, items: Sequence[int]) -> list[str]:
+        return [str(action) for action, _ in self._drawn(step, items)]
+
+    def _drawn(self, step: int, items: Sequence[int]) -> list[tuple[object, np.random.Generator]]:
+        """The first items of a step are tasks with a LoRA of their own, the others any."""
+        few = round(self.settings.with_lora * self.settings.tasks) if self.known.actions else 0
+        drawn = []
+        for item in items:
+            rng = draw(self.settings.seed, step, item)
+            choices = self.known.actions if item < few else self.data.training
+            drawn.append((choices[rng.integers(len(choices))], rng))
+        return drawn
+
+    def losses(self, model: nn.Module, step: int, items: Sequence[int]) -> dict[str, Tensor]:
+        settings, device = self.settings, self.device
+        actions, draws = zip(*self._drawn(step, items), strict=True)
+        sentences = [self.data.sentence(action, rng) for action, rng in zip(actions, draws, strict=True)]
+        predicted = model(self.patches, self.index, self.data.conditions(sentences).to(device))
+
+        x, velocity_of_data, times, fine = self._noised(actions, draws)
+        use_fine = draw(settings.seed, step).random() < settings.fine_prompts
+        text = fine if use_fine else self.coarse.expand(len(x), -1, -1)
+        with injected(self.modules, *by_name(self.names, *predicted)):
+            velocity = self.model(x, times * 1000.0, text, return_dict=False)[0]
+        losses = {"diffusion": (self.shown * (velocity - velocity_of_data).pow(2)).mean()}
+        rows = torch.tensor([self.own.get(action, -1) for action in actions])
         if settings.distillation_weight:
-            teacher = _teacher(
-                model, modules, names, x, times, fine, coarse, rows, A, B, settings.clips,
-                settings.teacher_guidance,
-            )  # fmt: skip
-            losses["distillation"] = (shown * (velocity - teacher).pow(2)).mean()
+            losses["distillation"] = (
+                self.shown * (velocity - self._teacher(x, times, fine, rows)).pow(2)
+            ).mean()
+        if settings.reconstruction_weight:
+            losses["reconstruction"] = self._reconstruction(predicted, rows)
+        return losses
+
+    def _noised(self, actions: Sequence, draws: Sequence[np.random.Generator]) -> tuple[Tensor, ...]:
+        """(x_t, the velocity of the clips, times, fine prompts) of `clips` clips of each task."""
+        clean, noise, times = [], [], []
+        for action, rng in zip(actions, draws, strict=True):
+            clips = self.data.clips_by_action[action]
+            picks = clips[torch.from_numpy(rng.integers(len(clips), size=self.settings.clips))]
+            clean.append(self.data.clips.latents[picks].float())
+            generator = noise_from(rng)
+            noise.append(torch.randn(clean[-1].shape, generator=generator))
+            times.append(flow.random_times(len(picks), generator))
+        # The action alone: clothes that the clip does not show would be noise in the teacher's answer.
+        sentences = [
+            self.data.plain_sentence(action, rng) for action, rng in zip(actions, draws, strict=True)
+        ]
+        fine = self.data.prompts(sentences).to(self.device).repeat_interleave(self.settings.clips, 0)
+        x0, epsilon, t = (torch.cat(parts).to(self.device) for parts in (clean, noise, times))
+        return flow.noised(x0, epsilon, t), epsilon - x0, t, fine
+
+    def _reconstruction(self, predicted: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:
+        """Mean over all tasks of the step; one without a LoRA of its own counts as nothing to reconstruct."""
         known = rows >= 0
-        if settings.reconstruction_weight and known.any():
-            statistics, targets = (
-                hypernetwork.statistics,
-                (A[rows[known]].to(device), B[rows[known]].to(device)),
-            )
-            wanted = statistics.normalise(*targets, index)
-            found = statistics.normalise(predicted_A[known], predicted_B[known], index)
-            losses["reconstruction"] = sum(F.l1_loss(f, w) for f, w in zip(found, wanted, strict=True))
-        loss = sum(getattr(settings, f"{name}_weight") * value for name, value in losses.items())
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(wrapped.parameters(), 1.0)
-        optimiser.step(_schedule(step, settings.steps))
+        if not known.any():
+            return predicted[0].new_zeros(())
+        wanted = (self.known.A[rows[known]].to(self.device), self.known.B[rows[known]].to(self.device))
+        found = (predicted[0][known], predicted[1][known])
+        compare = RECONSTRUCTION[self.settings.reconstruction]
+        return compare(found, wanted, self.hypernetwork.statistics).sum() / len(rows)
 
-        decay = min(settings.ema_decay, (1 + step) / (10 + step))
+    def _teacher(self, x: Tensor, times: Tensor, fine: Tensor, rows: Tensor) -> Tensor:
+        """Velocities to match: base + own LoRA under the coarse prompt where there is one, else the base
+        under the fine prompt, guided away from the coarse one: a student of many tasks answers too faintly,
+        and this makes up for it.
+        """
+        has_lora = (rows >= 0).repeat_interleave(self.settings.clips).to(x.device)
+        guidance, target = self.settings.teacher_guidance, torch.empty_like(x)
         with torch.no_grad():
-            for kept, new in zip(average.parameters(), hypernetwork.stage2.parameters(), strict=True):
+            plain = ~has_lora
+            if plain.any():
+                inputs = x[plain], times[plain] * 1000.0
+                said = self.model(*inputs, fine[plain], return_dict=False)[0]
+                if guidance != 1.0:
+                    coarse = self.coarse.expand(len(said), -1, -1)
+                    unsaid = self.model(*inputs, coarse, return_dict=False)[0]
+                    said = unsaid + guidance * (said - unsaid)
+                target[plain] = said
+            if has_lora.any():
+                own = (factor[rows[rows >= 0]].to(x.device) for factor in (self.known.A, self.known.B))
+                coarse = self.coarse.expand(int(has_lora.sum()), -1, -1)
+                with injected(self.modules, *by_name(self.names, *own)):
+                    target[has_lora] = self.model(
+                        x[has_lora], times[has_lora] * 1000.0, coarse, return_dict=False
+                    )[0]
+        return target
+
+    def after_step(self, step: int) -> None:
+        decay = min(self.settings.ema_decay, (1 + step) / (10 + step))
+        with torch.no_grad():
+            for kept, new in zip(
+                self.average.parameters(), self.hypernetwork.stage2.parameters(), strict=True
+            ):
                 kept.lerp_(new, 1.0 - decay)
-        for name, value in losses.items():
-            running[name] = 0.98 * running.get(name, value.item()) + 0.02 * value.item()
-        if accelerator.is_main_process and (step % 100 == 99 or step == settings.steps - 1):
-            report(step + 1, running)
-            torch.save(average.state_dict(), out)
-    hypernetwork.stage2.load_state_dict(average.state_dict())
 
+    def state(self) -> list[nn.Module]:
+        return [self.average]
 
-def _teacher(model, modules, names, x, times, fine, coarse, rows, A, B, clips, guidance) -> Tensor:
-    """Velocities to match: base + own LoRA under the coarse prompt where there is one, else the base under
-    the fine prompt, guided away from the coarse one: a student of many tasks answers too faintly, and this
-    makes up for it.
-    """
-    has_lora = (rows >= 0).repeat_interleave(clips).to(x.device)
-    target = torch.empty_like(x)
-    with torch.no_grad():
-        plain = ~has_lora
-        if plain.any():
-            inputs = x[plain], times[plain] * 1000.0
-            said = model(*inputs, fine[plain], return_dict=False)[0]
-            if guidance != 1.0:
-                unsaid = model(*inputs, coarse.expand(len(said), -1, -1), return_dict=False)[0]
-                said = unsaid + guidance * (said - unsaid)
-            target[plain] = said
-        if has_lora.any():
-            chosen = rows[rows >= 0]
-            with injected(modules, *by_name(names, A[chosen].to(x.device), B[chosen].to(x.device))):
-                text = coarse.expand(int(has_lora.sum()), -1, -1)
-                target[has_lora] = model(x[has_lora], times[has_lora] * 1000.0, text, return_dict=False)[0]
-    return target
+    def validate(self) -> dict[str, float]:
+        if self.held_out is None:
+            return {}
+        return weight_cosines(self.hypernetwork, self.data, self.known, self.held_out)
 
 
 def by_name(names: list[str], A: Tensor, B: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A [K, L, r, in], B [K, L, out, r] -> per layer [K, r, in] and [K, out, r]."""
     return dict(zip(names, A.unbind(1), strict=True)), dict(zip(names, B.unbind(1), strict=True))
-
-
-def _some_tasks(training: list, with_lora: list, count: int, rng: np.random.Generator) -> list:
-    """A quarter of the tasks from those with a LoRA of their own, the rest from all."""
-    few = count // 4 if with_lora else 0
-    return [with_lora[i] for i in rng.integers(len(with_lora), size=few)] + [
-        training[i] for i in rng.integers(len(training), size=count - few)
-    ]
-
-
-def _some(indices: Tensor, count: int, rng: np.random.Generator) -> Tensor:
-    return indices[torch.from_numpy(rng.integers(len(indices), size=count))]
-
-
-def _schedule(step: int, steps: int) -> float:
-    """Warm-up over a twentieth of the steps, then a cosine to a fiftieth."""
-    return min(1.0, (step + 1) / max(1, steps // 20)) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
-
-
-def _start(seed: int, accelerator: Accelerator) -> np.random.Generator:
-    torch.manual_seed(seed * 1000 + accelerator.process_index)
-    return np.random.default_rng([seed, accelerator.process_index])

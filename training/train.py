@@ -1,17 +1,24 @@
 """Train and evaluate a LoFA hypernetwork.
 
-    python training/train.py all --config training/configs/miniature.toml
-        per-task LoRAs, then Stage I, then Stage II
-    python training/train.py {loras,stage1,stage2} --config ...
-        one part, from what the run's folder holds
+    python training/train.py lora-dataset --config training/configs/miniature.toml
+        one LoRA for each training and held-out task: what the stages learn from
+    python training/train.py stage1 --config ...
+        the response maps (Stage I), from those LoRAs
+    python training/train.py stage2 --config ...
+        the LoRAs themselves (Stage II), from Stage I
+    python training/train.py all --config ...
+        the three in their order
     python training/train.py evaluate --config ...
         held-out figures of the run's hypernetwork, else of the embedded one; the last line is JSON
     python training/train.py ship --config ...
         make the run's hypernetwork, LoRAs and figures the embedded ones
+    python training/train.py stage2 --config ... stage2.steps=100 out=runs/short
+        any key of the configuration can be set on the command line
     torchrun --nproc-per-node 2 training/train.py all --config ...
-        data parallel, on CPU cores or GPUs
+        data parallel, on CPU cores or GPUs; the losses are those of one process
 
-Everything a run makes lies in its `out` folder; the configuration's own comments explain every key.
+Kill a run at any moment and start it again with the same line: it goes on from its last checkpoint.
+Everything it makes lies in its `out` folder; the configuration's own comments explain every key.
 """
 
 import sys
@@ -35,7 +42,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=["all", "loras", "stage1", "stage2", "evaluate", "ship"])
+    parser.add_argument("command", choices=["lora-dataset", "stage1", "stage2", "all", "evaluate", "ship"])
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="in place of what the configuration says"
+    )
     parser.add_argument(
         "--config", type=Path, required=True, help="a TOML file, such as training/configs/miniature.toml"
     )
@@ -47,10 +57,15 @@ def main() -> int:
         action="store_true",
         help="evaluate: also known wordings, guidance and strength (3 rows more)",
     )
-    chosen = parser.parse_args()
+    parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="lora-dataset: share the tasks among the workers of a Ray cluster; `local` starts one here",
+    )
+    chosen = parser.parse_intermixed_args()
     console = Console(stderr=True, highlight=False)
     try:
-        config = load_config(chosen.config)
+        config = load_config(chosen.config, chosen.overrides)
         from training.loop import Run  # after the cheap errors: importing diffusers takes seconds
 
         run = Run(config, console)
@@ -59,9 +74,12 @@ def main() -> int:
             if run.process == 0:
                 sys.stdout.write(json.dumps(found) + "\n")
             return 0
-        parts = ("loras", "stage1", "stage2") if chosen.command == "all" else (chosen.command,)
+        parts = ("lora-dataset", "stage1", "stage2") if chosen.command == "all" else (chosen.command,)
         for part in parts:
-            getattr(run, part)()
+            if part == "lora-dataset":
+                run.lora_dataset(chosen.ray)
+            else:
+                getattr(run, part)()
     except (ValueError, OSError) as error:
         console.print(Text("error ", "bold red"), Text(str(error)), soft_wrap=True)
         return 2

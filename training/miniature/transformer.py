@@ -5,7 +5,6 @@ Parts of each caption are dropped at random, so the model knows every action by 
 brings none of them out: a LoRA then has to select an action, not to teach it, as on a real foundation model.
 """
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from transformers import UMT5EncoderModel
 
 from .. import flow
 from ..backbones import fold_padding, use_folded_padding
-from ..optimisers import MuonAdamW
+from ..optimisers import MuonAdamW, set_learning_rate, warm_up_and_cosine
 from . import captions, text_encoder
 from .latents import LatentClips
 
@@ -106,7 +105,7 @@ def train(
     if compiled:
         model.compile()
     weights = clips.action_weights().to(accelerator.device)
-    optimiser = MuonAdamW(model, learning_rate, muon_rate=learning_rate, adamw_names=_FIRST_AND_LAST)
+    optimiser = MuonAdamW(model, learning_rate, adamw_names=_FIRST_AND_LAST)
     running = None
     for step in range(steps):
         picks = rng.integers(len(clips), size=batch)
@@ -123,7 +122,9 @@ def train(
         )
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(wrapped.parameters(), 1.0)
-        optimiser.step(min(1.0, (step + 1) / 200) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps))))
+        set_learning_rate(optimiser, learning_rate * warm_up_and_cosine(step, steps, 200))
+        optimiser.step()
+        optimiser.zero_grad()
         running = loss.item() if running is None else 0.99 * running + 0.01 * loss.item()
         if accelerator.is_main_process:
             decay = min(ema_decay, (1 + step) / (10 + step))

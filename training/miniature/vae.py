@@ -5,7 +5,6 @@ its waist, so that they equal WAN2.1's published latent statistics: ComfyUI and 
 latents as they do WAN's.
 """
 
-import math
 import types
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, Wa
 from torch import nn
 from torch.nn import functional as F
 
-from ..optimisers import MuonAdamW
+from ..optimisers import MuonAdamW, set_learning_rate, warm_up_and_cosine
 from . import world
 
 ARCHITECTURE = dict(base_dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, attn_scales=[])
@@ -102,16 +101,16 @@ def train(
                 module.time_conv.requires_grad_(False)
     warm_up = max(1, min(50, steps // 10))
     wrapped = accelerator.prepare(WholeClipVAE(model))
-    optimiser = MuonAdamW(model, learning_rate, muon_rate=learning_rate)
+    optimiser = MuonAdamW(model, learning_rate)
     for step in range(steps):
         video = to_video(_random_cuts(actions, batch, frames, rng)).to(accelerator.device)
         rebuilt, kl = wrapped(video)
         loss = reconstruction_loss(rebuilt, video) + kl_weight * kl
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(wrapped.parameters(), 1.0)
-        optimiser.step(
-            min(1.0, (step + 1) / warm_up) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
-        )
+        set_learning_rate(optimiser, learning_rate * warm_up_and_cosine(step, steps, warm_up))
+        optimiser.step()
+        optimiser.zero_grad()
         if accelerator.is_main_process and (step % 100 == 99 or step == steps - 1):
             torch.save(model.state_dict(), out)
             report(step + 1, {"loss": loss.item(), "psnr": psnr(rebuilt.detach(), video), "kl": kl.item()})
