@@ -40,6 +40,16 @@ class TargetStatistics(nn.Module):
         spread = sum(((b @ a) - mean).pow(2).mean(dim=(1, 2)) for a, b in zip(A, B, strict=True)) / len(A)
         self.delta_log_deviation.copy_(0.5 * spread.clamp_min(1e-16).log())
 
+    @torch.no_grad()
+    def start(self, A: Tensor, scale: float) -> None:
+        """Without LoRAs to fit: A [L, r, in] for an output of zero, its entries' own size as A's unit, and
+        `scale` as B's. B itself is zero then, and dW.
+        """
+        self.A_mean.copy_(A)
+        self.A_scale.copy_(A.pow(2).mean(dim=(1, 2)).sqrt().clamp_min(1e-8))
+        self.B_scale.fill_(scale)
+        self.delta_log_deviation.copy_((A.shape[1] ** 0.5 * self.A_scale * scale).log())
+
     def denormalise(self, A: Tensor, B: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """Offsets A [..., N, r, in], B [..., N, out, r] for the layers `index` [N] -> LoRA factors."""
         return (

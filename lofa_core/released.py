@@ -142,14 +142,19 @@ def read_stage(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file.")
+    if not zipfile.is_zipfile(path):  # the older format, a bare pickle, has not been written since 2020
+        raise ValueError(
+            f"{path}: is not a PyTorch archive, or not a whole one; it was not read. "
+            "Download LoFA_v0's stage1_preview.pth and stage2_preview.pth again."
+        )
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path}: holds something else than tensors, or is no PyTorch file; it was not run or read. "
+            f"{path}: holds something else than tensors; it was not run. "
             "Download LoFA_v0's stage1_preview.pth and stage2_preview.pth again."
         ) from error
-    except (RuntimeError, EOFError, KeyError, OSError) as error:
+    except (RuntimeError, EOFError, KeyError) as error:
         raise ValueError(f"{path}: is damaged ({error}). Download it again.") from error
     if not isinstance(state, Mapping) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()

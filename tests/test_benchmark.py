@@ -5,11 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 from test_released import SMALL, released
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from training import benchmark, full_size
+from training import benchmark, full_size, lora_benchmark
+from training.config import LoRAConfig
 
 
 @pytest.mark.parametrize("made", [released(), released(replace(SMALL, cls_token=False))])
@@ -59,3 +61,42 @@ def test_a_number_of_layers_that_is_not_there_is_refused(monkeypatch, capsys, la
     with pytest.raises(SystemExit):
         benchmark.main()
     assert "expected 1 to 240" in capsys.readouterr().err
+
+
+def test_loras_are_trained_both_ways_and_compared(monkeypatch, capsys):
+    small = ["--tasks", "2", "--steps", "1", "--batch", "1", "--repeats", "1", "--processes", "1"]
+    monkeypatch.setattr("sys.argv", ["benchmark", "lora-dataset", "--json", *small])
+    assert benchmark.main() == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found) == [
+        "tasks", "steps", "batch", "rank", "seconds_peft_one_by_one", "seconds_together", "speedup",
+        "processes", "device", "dtype",
+    ]  # fmt: skip
+    assert (found["tasks"], found["steps"], found["batch"], found["dtype"]) == (2, 1, 1, "float32")
+    ratio = found["seconds_peft_one_by_one"] / found["seconds_together"]
+    assert found["speedup"] == pytest.approx(ratio, rel=0.05)
+    Console().print(lora_benchmark.table(found))
+    assert "one by one, PEFT" in capsys.readouterr().out
+
+
+def test_processes_share_the_benchmarks_tasks(monkeypatch):
+    shares = []
+
+    class Pool:
+        def submit(self, work, device, dtype, clips, settings):
+            shares.append(list(clips))
+            return self
+
+        def result(self):
+            return None
+
+    clips = lora_benchmark._clips(5)
+    lora_benchmark._train_apart(Pool(), 3, torch.device("cpu"), torch.float32, clips, LoRAConfig())
+    assert shares == [["task 0", "task 3"], ["task 1", "task 4"], ["task 2"]]
+
+
+def test_numbers_below_one_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["benchmark", "lora-dataset", "--tasks", "0"])
+    with pytest.raises(SystemExit):
+        benchmark.main()
+    assert "--tasks 0: expected 1 or more" in capsys.readouterr().err

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from training import train
+from lofa_core.descriptions import HypernetworkConfig
+from training import full_size, train
 from training.config import EvaluationConfig, LoRAConfig, Stage1Config, TrainingConfig, load_config
 
 SHIPPED = Path(__file__).parents[1] / "training" / "configs" / "miniature.toml"
@@ -53,6 +54,35 @@ def assignments():
             table = line.split("]")[0].strip("[")
         elif found := re.match(r"(\w+) = ", line):
             yield table, found[1], line
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.parent.glob("wan_text*.toml")), ids=lambda path: path.stem)
+def test_the_full_size_configurations_have_the_published_architecture(path):
+    config = load_config(path)
+    sizes = {"condition_width": 4096, "out_features": 1536, "in_features": 1536, "rank": config.lora.rank}
+    network = HypernetworkConfig(**sizes, **dataclasses.asdict(config.network))
+    assert network == full_size.RELEASED
+    assert (config.data.frames, config.data.height, config.data.width) == (81, 480, 832)
+    assert (config.lora.rank, config.lora.steps, config.lora.batch, config.lora.learning_rate) == (
+        32,
+        1000,
+        4,
+        1e-4,
+    )
+    commented = [
+        line for line in path.read_text(encoding="utf-8").splitlines() if re.match(r"#|\[|\w+ = .*#", line)
+    ]
+    assert len(commented) > 20
+
+
+def test_the_papers_numbers():
+    config = load_config(SHIPPED.with_name("wan_text.toml"))
+    stages = config.stage1, config.stage2
+    assert [(s.steps, s.learning_rate, s.tasks, s.warm_up) for s in stages] == [
+        (4000, 1e-4, 4, 1000), (7000, 4e-5, 4, 1000),
+    ]  # fmt: skip
+    assert config.stage2.reconstruction == "factors"
+    assert (config.stage2.reconstruction_weight, config.stage2.diffusion_weight) == (5.0, 1.0)
 
 
 def test_what_is_left_out_takes_its_default(tmp_path):

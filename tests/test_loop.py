@@ -13,10 +13,10 @@ from lofa_core import miniature
 from lofa_core.base_models import BaseWeights
 from lofa_core.checkpoint import load_hypernetwork
 from lofa_core.prediction import predict
-from training import loop
+from training import loop, lora_run
 from training.config import DataConfig, LoRAConfig, NetworkConfig, Stage1Config, Stage2Config, TrainingConfig
 from training.loop import Run
-from training.lora_dataset import LoRADataset
+from training.lora_dataset import LoRADataset, LoRAFolder, task_id
 from training.miniature import world
 from training.miniature.latents import LatentClips
 from training.miniature.tasks import MiniatureTasks
@@ -49,24 +49,26 @@ def new_run(folder, **changes):
 def finished(tmp_path_factory):
     run = new_run(tmp_path_factory.mktemp("run"))
     run.data.held_out_clips = functools.cache(run.data.held_out_clips)
-    for part in (run.loras, run.stage1, run.stage2):
+    for part in (run.lora_dataset, run.stage1, run.stage2):
         part()
     return run
 
 
 def test_loras_are_trained_for_every_held_out_action_and_spread_over_the_training_ones(finished):
     training, held_out = world.split_actions(20, 0)
-    parts = sorted((finished.folder / "loras_held_out").iterdir())
-    assert [path.name for path in parts] == ["0000.safetensors", "0001.safetensors"]
-    assert [action for path in parts for action in LoRADataset.load(path).actions] == held_out
+    folder = finished.folder / "loras_held_out"
+    files = {path.stem for path in folder.glob("*.safetensors")}
+    assert files == {task_id(action) for action in held_out} == set(LoRAFolder(folder).valid())
+    assert finished._dataset("held_out").actions == held_out
     known = finished._dataset("training")
     assert known.actions == [training[0], training[230]] and known.A.shape == (2, 32, 2, 96)
     assert known.B.abs().amax(dim=(2, 3)).min() > 0
     assert not set(known.actions) & set(held_out)
+    assert "20 trained, 0 were there" in finished.console.file.getvalue()
 
 
 def test_what_is_written_is_a_hypernetwork_for_the_base(finished):
-    assert {"stage1.safetensors", "stage2.pt", "hypernetwork.safetensors"} <= {
+    assert {"stage1", "stage1.safetensors", "stage2", "hypernetwork.safetensors"} <= {
         p.name for p in finished.folder.iterdir()
     }
     network = load_hypernetwork(finished.folder / "hypernetwork.safetensors")
@@ -82,33 +84,40 @@ def test_what_is_written_is_a_hypernetwork_for_the_base(finished):
     assert len(found.lora) == 32 and all(torch.isfinite(found.lora.delta(name)).all() for name in found.lora)
 
 
-def test_loras_resume_after_the_last_batch_done(finished, monkeypatch):
+def test_loras_that_are_lost_are_trained_again_and_no_others(finished, monkeypatch):
     trained = []
 
     def counted(model, layers, clips, *rest, **kwargs):
-        trained.append(len(clips))
+        trained.extend(clips)
         return real(model, layers, clips, *rest, **kwargs)
 
-    real = loop.train_loras
-    monkeypatch.setattr(loop, "train_loras", counted)
-    finished.loras()
+    real = lora_run.train_loras
+    monkeypatch.setattr(lora_run, "train_loras", counted)
+    finished.lora_dataset()
     assert trained == []
-    lost = finished.folder / "loras_held_out" / "0001.safetensors"
-    before = LoRADataset.load(lost)
-    lost.unlink()
+    lost = finished.data.held_out[7]
+    before = finished._dataset("held_out")
+    (finished.folder / "loras_held_out" / f"{task_id(lost)}.safetensors").unlink()
     again = Run(finished.config, finished.console)  # as after an interruption
     again.data.held_out_clips = finished.data.held_out_clips
-    again.loras()
-    after = LoRADataset.load(lost)
-    assert trained == [10] and after.actions == before.actions
+    held_out, training = again.lora_dataset()
+    after = again._dataset("held_out")
+    assert trained == [task_id(lost)] == list(held_out.done) and len(training.skipped) == 2
+    assert after.actions == before.actions
     assert torch.allclose(after.A, before.A, atol=1e-3) and torch.allclose(after.B, before.B, atol=1e-3)
+
+
+def test_ray_and_torchrun_exclude_each_other(finished, monkeypatch):
+    monkeypatch.setattr(finished, "processes", 2)
+    with pytest.raises(ValueError, match="--ray local: .* without torchrun"):
+        finished.lora_dataset(ray="local")
 
 
 def test_parts_that_come_too_early_say_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "SHIPPED", tmp_path / "nothing_shipped")
     run = new_run(tmp_path / "run")
     for part in (run.stage1, run.stage2):
-        with pytest.raises(ValueError, match="no LoRAs here yet. Run `loras`"):
+        with pytest.raises(ValueError, match="no LoRAs here yet. Run `lora-dataset`"):
             part()
     monkeypatch.setattr(run, "_dataset", lambda name: LoRADataset(torch.zeros(0), torch.zeros(0), []))
     with pytest.raises(FileNotFoundError, match=r"stage1\.safetensors"):

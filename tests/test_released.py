@@ -199,14 +199,18 @@ def test_code_in_a_pickle_is_refused_and_never_run(tmp_path):
     trace = tmp_path / "was_run"
     torch.save({"patch_embed.proj.weight": Attack(trace)}, tmp_path / "zip.pth")
     (tmp_path / "plain.pth").write_bytes(pickle.dumps(Attack(trace), protocol=2))
-    for name in ("zip.pth", "plain.pth"):
-        with pytest.raises(ValueError, match=rf"{name}.*not run"):
+    for name, said in (("zip.pth", "not run"), ("plain.pth", "not a PyTorch archive")):
+        with pytest.raises(ValueError, match=rf"{name}.*{said}"):
             load_released(tmp_path / name, STAGES[1])
     assert not trace.exists()
 
 
 def truncated(path):
     path.write_bytes(STAGES[0].read_bytes()[:5000])
+
+
+def words(path):
+    path.write_text("what a download page said instead")
 
 
 def a_list(path):
@@ -243,7 +247,8 @@ def an_archive_of_something_else(path):
 @pytest.mark.parametrize(
     ("write", "named"),
     [
-        (truncated, "broken.pth"),
+        (truncated, r"broken\.pth: is not a PyTorch archive"),
+        (words, r"broken\.pth: is not a PyTorch archive"),
         (a_list, r"broken\.pth: is not a state dict of tensors"),
         (another_model, r"broken\.pth: is not a stage of LoFA_v0 .*'encoder\.weight'.*Stage I"),
         (without_a_key, r"broken\.pth: .*1 tensors missing, first \['blocks\.5\.norm2\.bias'\]"),

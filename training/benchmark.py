@@ -1,4 +1,4 @@
-"""Speed and memory: `python -m training.benchmark predict`.
+"""Speed and memory: `python -m training.benchmark {predict,lora-dataset}`.
 
 Times are ratios within one run where it matters: the share of the machine's own matrix-multiplication rate,
 measured in the same run, dtype and shapes, tells a slow program from a slow computer.
@@ -6,14 +6,12 @@ measured in the same run, dtype and shapes, tells a slow program from a slow com
 
 import argparse
 import json
+import os
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import torch
 from rich.console import Console
 from rich.progress import Progress
@@ -28,9 +26,10 @@ from lofa_core.base_models import WAN_KINDS, BaseWeights
 from lofa_core.descriptions import HypernetworkConfig
 from lofa_core.hypernetwork import Hypernetwork
 from lofa_core.prediction import default_batch_size, predict
-from training.full_size import LAYERS, random_condition, released_hypernetwork
+from training.config import LoRAConfig
+from training.full_size import LAYERS, WORDS, random_condition, released_hypernetwork
+from training.machine import device_name, peak_memory, seconds
 
-WORDS = 48  # tokens of the prompt; 464 rows of padding follow
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -43,23 +42,63 @@ def main() -> int:
         description="Predict the LoRA of WAN2.1-T2V-1.3B by a hypernetwork of LoFA_v0's size, both of random "
         "weights. GFLOP are those the algorithm needs: the text counts once, its padding as one row.",
     )
-    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    command.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    _common(command, "bfloat16")
     command.add_argument("--layers", type=int, default=LAYERS, help=f"the first N of the {LAYERS} layers")
     command.add_argument("--batch", type=int, help="layers at a time (default: what prediction chooses)")
     command.add_argument("--repeats", type=int, help="the median of these counts (default: GPU 5, CPU 1)")
-    command.add_argument("--json", action="store_true", help="one object on standard output, nothing else")
-    chosen = parser.parse_args()
-    if not 1 <= chosen.layers <= LAYERS:
-        parser.error(f"--layers {chosen.layers}: expected 1 to {LAYERS}")
-    found = measure_prediction(
-        torch.device(chosen.device), DTYPES[chosen.dtype], chosen.layers, chosen.batch, chosen.repeats
+    command.set_defaults(work=_predict)
+    command = commands.add_parser(
+        "lora-dataset",
+        help="per-task LoRAs many at once against one by one with PEFT",
+        description="Train the same LoRAs of the miniature one by one with PEFT and all at once with the "
+        "LoRA factory, in the same run.",
     )
+    _common(command, "float32")
+    command.add_argument("--tasks", type=int, default=32)
+    command.add_argument("--steps", type=int, default=10)
+    command.add_argument(
+        "--batch", type=int, default=4, help="clips a step and task (default 4, the paper's)"
+    )
+    command.add_argument("--rank", type=int, default=4)
+    command.add_argument(
+        "--processes", type=int, help="that share the tasks (default: GPU 1, CPU one a core)"
+    )
+    command.add_argument("--repeats", type=int, default=3, help="the median of these counts (default 3)")
+    command.set_defaults(work=_lora_dataset)
+    chosen = parser.parse_args()
+    found, table = chosen.work(parser, chosen, torch.device(chosen.device), DTYPES[chosen.dtype])
     if chosen.json:
         sys.stdout.write(json.dumps(found) + "\n")
     else:
-        Console(highlight=False).print(_table(found))
+        Console(highlight=False).print(table)
     return 0
+
+
+def _common(command: argparse.ArgumentParser, dtype: str) -> None:
+    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    command.add_argument("--dtype", choices=DTYPES, default=dtype)
+    command.add_argument("--json", action="store_true", help="one object on standard output, nothing else")
+
+
+def _predict(parser, chosen, device: torch.device, dtype: torch.dtype) -> tuple[dict, Table]:
+    if not 1 <= chosen.layers <= LAYERS:
+        parser.error(f"--layers {chosen.layers}: expected 1 to {LAYERS}")
+    found = measure_prediction(device, dtype, chosen.layers, chosen.batch, chosen.repeats)
+    return found, _table(found)
+
+
+def _lora_dataset(parser, chosen, device: torch.device, dtype: torch.dtype) -> tuple[dict, Table]:
+    for name in ("tasks", "steps", "batch", "rank", "repeats"):
+        if getattr(chosen, name) < 1:
+            parser.error(f"--{name} {getattr(chosen, name)}: expected 1 or more")
+    from training import lora_benchmark  # with diffusers and PEFT, whose import takes seconds
+
+    settings = LoRAConfig(rank=chosen.rank, steps=chosen.steps, batch=chosen.batch)
+    processes = chosen.processes or (1 if device.type == "cuda" else os.cpu_count() or 1)
+    found = lora_benchmark.measure_lora_dataset(
+        device, dtype, chosen.tasks, settings, processes, chosen.repeats
+    )
+    return found, lora_benchmark.table(found)
 
 
 def measure_prediction(
@@ -91,21 +130,21 @@ def measure_prediction(
         else:  # a whole warm-up would take minutes
             _first_batch(network, matrix, condition, size)
         rate = matmul_rate(network.config, device, dtype, size)
-        seconds = statistics.median(
-            _seconds(once, device) for _ in range(repeats or (5 if device.type == "cuda" else 1))
+        taken = statistics.median(
+            seconds(once, device) for _ in range(repeats or (5 if device.type == "cuda" else 1))
         )
-    peak = _peak_memory(device)
+    peak = peak_memory(device)
     rate = statistics.median([rate, matmul_rate(network.config, device, dtype, size)])
     gflop = prediction_flop(network.config, layers, WORDS + 1) / 1e9
     return {
         "layers": layers,
         "dtype": str(dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
-        "seconds": round(seconds, 4),
+        "device": device_name(device),
+        "seconds": round(taken, 4),
         "gflop": round(gflop, 1),
-        "gflops_per_s": round(gflop / seconds, 1),
+        "gflops_per_s": round(gflop / taken, 1),
         "matmul_gflops_per_s": round(rate / 1e9, 1),
-        "share_of_matmul_rate": round(gflop * 1e9 / seconds / rate, 4),
+        "share_of_matmul_rate": round(gflop * 1e9 / taken / rate, 4),
         "peak_memory_bytes": peak,
     }
 
@@ -134,7 +173,7 @@ def matmul_rate(config: HypernetworkConfig, device: torch.device, dtype: torch.d
     """FLOP a second of the matrix products alone that a block does on `layers` layers, in its proportions."""
     d, hidden = config.width, config.mlp_ratio * config.width
     tokens = layers * ((config.out_features // config.patch) * (config.in_features // config.patch) + 1)
-    flop, seconds = 0.0, 0.0
+    flop, taken = 0.0, 0.0
     for inner, outer, count in ((d, d, 6), (d, hidden, 2), (hidden, d, 2)):
         x = torch.randn(tokens, inner, device=device).to(dtype)
         weight = (torch.randn(outer, inner, device=device) * inner**-0.5).to(dtype)
@@ -144,39 +183,13 @@ def matmul_rate(config: HypernetworkConfig, device: torch.device, dtype: torch.d
 
         product()
         flop += count * 2 * tokens * inner * outer
-        seconds += count * statistics.median(_seconds(product, device) for _ in range(7))
-    return flop / seconds
+        taken += count * statistics.median(seconds(product, device) for _ in range(7))
+    return flop / taken
 
 
 @torch.no_grad()
 def _first_batch(network: Hypernetwork, matrix: Tensor, condition: Tensor, size: int) -> None:
     network(matrix.expand(size, -1, -1), torch.arange(size), condition.to(network.stage1.trunk.norm.weight))
-
-
-def _seconds(work: Callable[[], None], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    started = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Bytes: on a GPU what PyTorch held there at most, elsewhere what the process did."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        return psutil.Process().memory_info().peak_wset
-    import resource  # not on Windows
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _processor() -> str:
-    return f"cpu ({torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads)"
 
 
 def _table(found: dict[str, float | int | str]) -> Table:

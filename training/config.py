@@ -1,19 +1,43 @@
 """Training configuration: frozen dataclasses filled from one TOML file; unknown keys are refused."""
 
+import difflib
 import tomllib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
+
+from lofa_core.descriptions import Modulation, Readout, WeightInput
+
+# Names of the reconstruction losses, in training/losses.py.
+RECONSTRUCTIONS = ("factors", "delta", "delta_cosine", "spectral", "canonical")
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The tasks. Only the miniature's world makes its own data so far."""
+    """The tasks: the miniature's own world, or a folder with tasks.jsonl (docs/DATA.md)."""
 
     clips_per_task: int = 24
     held_out_tasks: int = 32
     lora_tasks: int = 96  # training tasks that get a LoRA of their own
     seed: int = 0
+    folder: str = ""  # of tasks.jsonl; empty: the world, to which the keys below do not apply
+    frames: int = 17  # of a clip: 1 and a multiple of 4; WAN2.1 makes 81
+    height: int = 64  # of a clip, a multiple of 16; WAN2.1's smaller size is 480 by 832
+    width: int = 64
+    fps: float = 0.0  # frames a second, from a video's start (WAN2.1: 16); 0: evenly over the whole video
+    coarse_prompt: str = "a person is moving"  # LoRAs are trained under it where tasks.jsonl names no other
+
+    def __post_init__(self):
+        if self.frames < 1 or self.frames % 4 != 1:
+            raise ValueError(f"frames = {self.frames}: expected 1 and a multiple of 4, such as 17 or 81.")
+        for name in ("height", "width"):
+            if getattr(self, name) < 16 or getattr(self, name) % 16:
+                raise ValueError(f"{name} = {getattr(self, name)}: expected a multiple of 16.")
+        if self.fps < 0:
+            raise ValueError(f"fps = {self.fps}: expected 0 or more.")
+        if not self.coarse_prompt.strip():
+            raise ValueError("coarse_prompt is empty: say what all tasks have in common.")
 
 
 @dataclass(frozen=True)
@@ -22,10 +46,13 @@ class LoRAConfig:
 
     rank: int = 4
     steps: int = 200
-    batch: int = 8
+    batch: int = 8  # clips a step and task
     learning_rate: float = 3e-3
-    tasks_at_once: int = 4
+    tasks_at_once: int = 8
     seed: int = 0
+    shared_A: bool = True  # one initial A for all tasks; false draws one for each
+    canonical: bool = False  # store B = U sqrt(S), A = sqrt(S) V^T of dW, signs fixed
+    max_relative_norm: float = 1.0  # a LoRA with a larger ||dW|| / ||W|| in any layer has diverged
 
 
 @dataclass(frozen=True)
@@ -39,35 +66,91 @@ class NetworkConfig:
     mlp_ratio: int = 2
     pooling_queries: int = 8
     feature_blocks: tuple[int, ...] = (0, 2)
+    weight_input: WeightInput = "magnitude"
+    modulation: Modulation = "film"
+    readout: Readout = "local"
+    cls_token: bool = True
+    mask_padding: bool = True
 
 
 @dataclass(frozen=True)
-class Stage1Config:
-    """Response maps (LoFA eq. 4) with the likelihood of dW itself as a second, denser target."""
+class StageConfig:
+    """How a stage is trained, whatever it learns."""
 
-    steps: int = 1500
-    tasks: int = 8  # tasks a step and process
-    layers: int = 8  # target layers a step
+    steps: int = 1000
+    tasks: int = 16  # tasks a step, of all processes together
+    accumulate: int = 1  # parts in which a process takes its share of a step, to save memory
+    optimiser: Literal["muon", "adamw"] = "muon"
     learning_rate: float = 2e-3
-    likelihood_weight: float = 0.1
+    weight_decay: float = 0.0  # AdamW's
+    warm_up: int = 50  # steps
+    schedule: Literal["cosine", "constant"] = "cosine"
+    clip: float = 1.0  # largest norm of a step's gradient
+    precision: Literal["float32", "bfloat16"] = "float32"
+    checkpoint_activations: bool = False  # compute them again in the backward pass, to save memory
+    checkpoint_every: int = 200  # steps between two checkpoints
+    validate_every: int = 500  # steps between two looks at held-out tasks; 0: none
     seed: int = 0
 
+    def __post_init__(self):
+        for name, least in (("steps", 1), ("tasks", 1), ("accumulate", 1), ("checkpoint_every", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} = {getattr(self, name)}: expected {least} or more.")
+        if self.tasks % self.accumulate:
+            raise ValueError(f"accumulate = {self.accumulate} does not divide tasks = {self.tasks}.")
+
 
 @dataclass(frozen=True)
-class Stage2Config:
-    """LoRA prediction (LoFA eq. 6-8) with function matching."""
+class Stage1Config(StageConfig):
+    """Response maps (LoFA eq. 4) with the likelihood of dW itself as a second, denser target."""
 
-    steps: int = 4000
-    tasks: int = 8  # tasks a step and process
+    layers: int = 8  # target layers a step
+    likelihood_weight: float = 0.1
+    size_weight: float = 0.0  # of the mean square of Stage I's A and B
+
+
+@dataclass(frozen=True)
+class DiffusionConfig(StageConfig):
+    """What is taught through the base model (LoFA eq. 7), with function matching."""
+
     clips: int = 3  # clips a task
-    learning_rate: float = 2e-3
-    reconstruction_weight: float = 0.05
+    with_lora: float = 0.25  # share of a step's tasks drawn from those with a LoRA of their own
     diffusion_weight: float = 0.25
     distillation_weight: float = 1.0
     teacher_guidance: float = 1.3  # of the fine prompt over the coarse one, in the base model as a teacher
     fine_prompts: float = 0.25  # share of steps under the fine prompt instead of the coarse one
     ema_decay: float = 0.999
-    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Stage2Config(DiffusionConfig):
+    """LoRA prediction (LoFA eq. 6-8)."""
+
+    reconstruction: str = "factors"  # a name in training/losses.py
+    reconstruction_weight: float = 0.17
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.reconstruction not in RECONSTRUCTIONS:
+            raise ValueError(
+                f"reconstruction = {self.reconstruction!r}: expected one of {', '.join(RECONSTRUCTIONS)}."
+            )
+
+
+@dataclass(frozen=True)
+class EndToEndConfig(DiffusionConfig):
+    """Both stages at once from clips alone, without a LoRA dataset (as the HM-CFG paper trains)."""
+
+    with_lora: float = 0.0
+    diffusion_weight: float = 1.0
+    distillation_weight: float = 0.0
+    size_weight: float = 1e-3  # of the mean square of what the network puts out
+    output_scale: float = 0.05  # B for an output of one; A starts from one fixed draw
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.with_lora:
+            raise ValueError(f"with_lora = {self.with_lora}: end-to-end training has no LoRAs; expected 0.")
 
 
 @dataclass(frozen=True)
@@ -91,23 +174,44 @@ class TrainingConfig:
     network: NetworkConfig = field(default_factory=NetworkConfig)
     stage1: Stage1Config = field(default_factory=Stage1Config)
     stage2: Stage2Config = field(default_factory=Stage2Config)
+    end_to_end: EndToEndConfig = field(default_factory=EndToEndConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
-def load_config(path: Path) -> TrainingConfig:
-    """Read a TOML file. ValueError names the file, the key, and what was expected."""
+def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainingConfig:
+    """Read a TOML file; `overrides` are "section.key=value" (or "key=value"), the value as TOML writes it.
+
+    Raises ValueError naming the file or override, the key, and what was expected.
+    """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: not valid TOML: {error}") from error
+    for override in overrides:
+        _override(values, override)
     return _fill(TrainingConfig, values, str(path))
+
+
+def _override(values: dict[str, Any], text: str) -> None:
+    name, equals, value = text.partition("=")
+    keys = name.strip().split(".")
+    if not equals or not all(keys) or len(keys) > 2:
+        raise ValueError(f"{text!r}: expected section.key=value, for example stage1.steps=100.")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value.strip()  # a word without quotes
+    table = values.setdefault(keys[0], {}) if len(keys) == 2 else values
+    if not isinstance(table, dict):
+        raise ValueError(f"{text!r}: {keys[0]} is a value, not a section.")
+    table[keys[-1]] = parsed
 
 
 def _fill(kind: type, values: dict[str, Any], where: str):
     known = {f.name: f for f in fields(kind)}
     for key in values:
         if key not in known:
-            raise ValueError(f"{where}: unknown key {key!r}. Known here: {', '.join(known)}.")
+            raise ValueError(f"{where}: unknown key {key!r}.{_nearest(key, known)}")
     filled = {}
     for key, value in values.items():
         wanted = known[key].type
@@ -122,6 +226,13 @@ def _fill(kind: type, values: dict[str, Any], where: str):
     except TypeError as error:
         missing = [name for name in ("base", "out") if name in known and name not in filled]
         raise ValueError(f"{where}: missing {', '.join(missing) or error}.") from error
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _nearest(key: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(key, list(known), n=1)
+    return f" Did you mean {near[0]!r}?" if near else f" Known here: {', '.join(known)}."
 
 
 def _checked(wanted: Any, value: Any, where: str):
@@ -130,6 +241,12 @@ def _checked(wanted: Any, value: Any, where: str):
         if not isinstance(value, list):
             raise ValueError(f"{where} must be a list, not {value!r}.")
         return tuple(_checked(item, v, where) for v in value)
+    if get_origin(wanted) is Literal:
+        if value not in get_args(wanted):
+            raise ValueError(
+                f"{where} must be one of {', '.join(map(repr, get_args(wanted)))}, not {value!r}."
+            )
+        return value
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):

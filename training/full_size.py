@@ -43,6 +43,7 @@ RELEASED = HypernetworkConfig(
     **RELEASED_DESIGN,
 )
 LAYERS = 8 * WAN_1_3B["num_layers"]
+WORDS = 48  # tokens of a prompt; 464 rows of padding follow
 
 
 def released_hypernetwork(
@@ -72,6 +73,12 @@ def base_shapes() -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         model = WanTransformer3DModel(**WAN_1_3B)
     return {wan_to_original(key): tuple(value.shape) for key, value in model.state_dict().items()}
+
+
+def random_parameters(model: torch.nn.Module, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
+    """A state dict for a model that was built on the meta device."""
+    draw = torch.Generator().manual_seed(seed)
+    return {key: _random(key, tuple(value.shape), draw, dtype) for key, value in model.state_dict().items()}
 
 
 def random_condition(words: int, draw: torch.Generator) -> Tensor:
@@ -114,7 +121,7 @@ def main() -> int:
     ):
         torch.save(state, chosen.out / name)
         say(name)
-    write_safetensors({CONDITION_KEY: random_condition(48, draw)}, chosen.out / CONDITION, {})
+    write_safetensors({CONDITION_KEY: random_condition(WORDS, draw)}, chosen.out / CONDITION, {})
     say(CONDITION)
     return 0
 

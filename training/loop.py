@@ -1,10 +1,11 @@
 """One run: its folder, its stages in order, and what each leaves behind."""
 
+import functools
 import json
-import math
 import os
 import shutil
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,14 +19,21 @@ from lofa_core.checkpoint import load_hypernetwork, save_hypernetwork
 from lofa_core.descriptions import HypernetworkConfig
 from lofa_core.hypernetwork import Hypernetwork
 
+from . import cluster
 from .config import TrainingConfig
+from .data import published
+from .data.cache import CacheSummary, cache_dataset
+from .data.folder_tasks import open_tasks
+from .end_to_end import EndToEnd
 from .evaluate import evaluate
-from .lora_dataset import LoRADataset
-from .lora_factory import LoRATraining, train_loras
+from .lora_dataset import LoRADataset, LoRAFolder
+from .lora_factory import initial_A
+from .lora_run import Summary, make_dataset, train_here
 from .miniature import evaluator as evaluator_module
-from .miniature.tasks import MiniatureTasks
+from .miniature.latents import LatentClips
 from .readme import write_figures
-from .stages import train_stage1, train_stage2
+from .stages import Diffusion, Stage1, Stage2
+from .trainer import train
 
 SHIPPED = Path(__file__).parent / "miniature"  # the LoRAs that the README's figures rest on
 
@@ -34,61 +42,118 @@ class Run:
     """Stages read what earlier ones wrote into the run's folder; none keeps state in memory for the next."""
 
     def __init__(self, config: TrainingConfig, console: Console):
-        if config.base != "miniature":
-            raise ValueError(f'base = "{config.base}": only "miniature" can be trained so far.')
         self.config, self.console, self.folder = config, console, Path(config.out)
+        self.data = open_tasks(config.base, config.data, self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.data = MiniatureTasks(config.data, self.folder)
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
         self.process, self.processes = self.accelerator.process_index, self.accelerator.num_processes
+        self.device = self.accelerator.device
         torch.set_num_threads(1)  # at the miniature's size one thread a process beats several
 
-    def loras(self) -> None:
-        """Per-task LoRAs of `lora_tasks` training actions and of every held-out one; resumes after the last
-        batch done.
+    def cache(self) -> CacheSummary:
+        """Latents and text states of data.folder, in cache/, and data_report.json: what is left out and why.
+        What is valid there stays.
         """
-        with self.accelerator.main_process_first():
-            training_clips = self.data.clips
-        held_out = self.data.held_out_clips(self.config.data.clips_per_task, offset=2)
-        for name, actions, clips in (
-            ("held_out", self.data.held_out, held_out),
-            ("training", self._lora_actions(), training_clips),
+        if not self.config.data.folder:
+            raise ValueError("data.folder is empty: the miniature's world needs no `cache`.")
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.processes))
+        try:
+            return cache_dataset(
+                self.config.data, self.data.base, self.folder, self.accelerator, self.console
+            )
+        finally:
+            torch.set_num_threads(1)
+
+    def lora_dataset(self, ray: str | None = None) -> list[Summary]:
+        """Per-task LoRAs of `lora_tasks` training actions and of every held-out one, in loras_training/ and
+        loras_held_out/. What is valid there stays; `ray` is a cluster's address, or "local".
+        """
+        if ray and self.processes > 1:
+            raise ValueError(f"--ray {ray}: Ray starts its own processes. Run this command without torchrun.")
+        if ray and self.config.data.folder:
+            raise ValueError(f"--ray {ray}: not for data.folder yet. Run this command without --ray.")
+        if self.config.data.folder:
+            self._import_loras()
+        held_out = functools.partial(self.data.held_out_clips, self.config.data.clips_per_task, offset=2)
+        found = []
+        with (
+            cluster.ray_workers(ray, self.data)
+            if ray
+            else nullcontext(train_here(self.data, self.device)) as train_batches
         ):
-            self._train_loras(name, actions, [clips.latents[clips.of(action)] for action in actions])
-        self.accelerator.wait_for_everyone()
+            for name, actions, clips in (
+                ("held_out", self.data.held_out, held_out),
+                ("training", self._lora_actions(), self._training_clips),
+            ):
+                folder = LoRAFolder((self.folder / f"loras_{name}").resolve())
+                found.append(
+                    make_dataset(
+                        folder, actions, clips, self.data.coarse(), self.config.lora, train_batches,
+                        self.accelerator, lambda words: self.console.print(words, soft_wrap=True),
+                    )
+                )  # fmt: skip
+        if self.process == 0:
+            for summary in found:
+                self.console.print(str(summary), soft_wrap=True)
+        return found
 
     def stage1(self) -> None:
         """Fit the target statistics and Stage I; writes stage1.safetensors."""
         known = self._dataset("training")
         network = self._new_network()
-        network.statistics.fit(known.A, known.B)
-        train_stage1(
-            network, self.data, known.actions, known.A, known.B, self.config.stage1, self._report("stage1")
-        )
-        if self.process == 0:
-            save_hypernetwork(network, self.folder / "stage1.safetensors")
-        self.accelerator.wait_for_everyone()
+        if network.statistics is not None:
+            network.statistics.fit(known.A, known.B)
+        network.stage1.trunk.checkpoint_activations = self.config.stage1.checkpoint_activations
+        self._train(Stage1(network, self.data, known, self._held_out(), self.config.stage1, self.device))
+        self._save(network, "stage1.safetensors", torch.float32)
 
     def stage2(self) -> None:
         """Stage II from Stage I; writes hypernetwork.safetensors in half precision."""
         known = self._dataset("training")
         network = load_hypernetwork(self.folder / "stage1.safetensors").requires_grad_(True)
-        checkpoint = self.folder / "stage2.pt"
-        train_stage2(
-            network,
-            self.data,
-            known.actions,
-            known.A,
-            known.B,
-            self.config.stage2,
-            checkpoint,
-            self._report("stage2"),
-        )
+        network.stage2.trunk.checkpoint_activations = self.config.stage2.checkpoint_activations
+        stage = Stage2(network, self.data, known, self._held_out(), self.config.stage2, self.device)
+        self._train(stage)
+        stage.finish()
+        self._save(network, "hypernetwork.safetensors", torch.float16)
+
+    def end_to_end(self) -> None:
+        """Both stages from clips alone; writes hypernetwork.safetensors in half precision."""
+        settings = self.config.end_to_end
+        network = self._new_network()
+        if network.statistics is not None:
+            layers = self.data.weights.model.layers
+            start = initial_A(layers, self.config.lora.rank, settings.seed)
+            A = torch.stack([start[layer.name] for layer in layers])
+            network.statistics.start(A, settings.output_scale)
+        for stage in (network.stage1, network.stage2):
+            stage.trunk.checkpoint_activations = settings.checkpoint_activations
+        stage = EndToEnd(network, self.data, settings, self.device)
+        self._train(stage)
+        stage.finish()
+        self._save(network, "hypernetwork.safetensors", torch.float16)
+
+    def _train(self, stage: Stage1 | Diffusion) -> None:
+        accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        train(stage, stage.settings, self.folder / stage.name, accelerator, self.console)
+
+    def _save(self, network: Hypernetwork, name: str, dtype: torch.dtype) -> None:
+        path = self.folder / name
         if self.process == 0:
-            save_hypernetwork(network.eval(), self.folder / "hypernetwork.safetensors", dtype=torch.float16)
+            save_hypernetwork(network.eval(), path, dtype=dtype)
+            self.console.print(f"wrote {path}", soft_wrap=True)
+        self.accelerator.wait_for_everyone()
+
+    def _held_out(self) -> LoRADataset | None:
+        """The held-out tasks' LoRAs, for validation; None where there are none yet."""
+        try:
+            return self._dataset("held_out")
+        except ValueError:
+            return None
 
     def evaluate(self, hypernetwork: Path | None, more: bool = False) -> dict:
         """The table on standard error; returns the figures. Uses the run's LoRAs, else the shipped ones."""
+        self._refuse_folder("evaluate")
         started = time.time()
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.processes))
         own = self.folder / "hypernetwork.safetensors"
@@ -105,6 +170,7 @@ class Run:
 
     def ship(self) -> None:
         """Make this run's hypernetwork, LoRAs and figures the embedded ones, and the README's."""
+        self._refuse_folder("ship")
         evaluation = self.folder / "evaluation.json"
         if not evaluation.exists():
             raise ValueError(
@@ -118,68 +184,58 @@ class Run:
         miniature.FIGURES.write_text(json.dumps(figures, indent=1) + "\n")
         write_figures(figures)
 
-    def _train_loras(self, name: str, actions: list, clips: list) -> None:
-        settings = self.config.lora
-        parts = self.folder / f"loras_{name}"
-        parts.mkdir(exist_ok=True)
-        batches = range(math.ceil(len(actions) / settings.tasks_at_once))
-        model, layers = self.data.load_model(), self.data.weights.model.layers
-        training = LoRATraining(
-            settings.rank, settings.steps, settings.batch, settings.learning_rate, settings.seed
-        )
-        for number in batches:
-            path = parts / f"{number:04}.safetensors"
-            if number % self.processes != self.process or path.exists():
-                continue
-            chosen = slice(number * settings.tasks_at_once, (number + 1) * settings.tasks_at_once)
-            A, B = train_loras(
-                model, layers, clips[chosen], self.data.coarse(), training, report=self._last(settings.steps)
+    def _import_loras(self) -> None:
+        """LoRAs that a dataset in the published layout brings; the others are trained."""
+        source = Path(self.config.data.folder)
+        if self.process == 0 and published.is_published(source):
+            layers, into = self.data.weights.model.layers, LoRAFolder(self.folder / "loras_training")
+            done, problems = published.import_loras(source, layers, self.config.lora.rank, into)
+            self.console.print(f"{source}: {len(done)} LoRAs taken over, {len(problems)} left out")
+            for problem in problems:
+                self.console.print(f"  {problem.what}: {problem.reason}", soft_wrap=True, markup=False)
+        self.accelerator.wait_for_everyone()
+
+    def _refuse_folder(self, command: str) -> None:
+        if self.config.data.folder:
+            raise ValueError(
+                f"`{command}` draws and judges clips of the miniature's world; it cannot for data.folder = "
+                f'"{self.config.data.folder}".'
             )
-            LoRADataset(A, B, actions[chosen]).save(path)
-            self.console.print(f"LoRAs {name}: batch {number + 1} of {len(batches)}")
 
-    def _last(self, steps: int):
-        def report(step: int, loss: float) -> None:
-            if step == steps:
-                self.console.print(f"flow-matching loss {loss:.4f}")
-
-        return report
+    def _training_clips(self) -> LatentClips:
+        with self.accelerator.main_process_first():  # the first to ask encodes them
+            return self.data.clips
 
     def _dataset(self, name: str) -> LoRADataset:
-        parts = sorted((self.folder / f"loras_{name}").glob("*.safetensors"))
-        if not parts and not (SHIPPED / f"loras_{name}.safetensors").exists():
-            raise ValueError(f"{self.folder}: no LoRAs here yet. Run `loras` with this configuration first.")
-        loaded = [LoRADataset.load(path) for path in parts or [SHIPPED / f"loras_{name}.safetensors"]]
-        return LoRADataset(
-            torch.cat([x.A for x in loaded]),
-            torch.cat([x.B for x in loaded]),
-            [a for x in loaded for a in x.actions],
-        )
+        """The run's valid LoRAs of its "training" or "held_out" actions, else the shipped ones."""
+        folder, shipped = LoRAFolder(self.folder / f"loras_{name}"), SHIPPED / f"loras_{name}.safetensors"
+        if folder.manifest.exists():
+            wanted = self.data.held_out if name == "held_out" else self._lora_actions()
+            return folder.load([layer.name for layer in self.data.weights.model.layers], wanted)
+        if self.config.data.folder or not shipped.exists():
+            raise ValueError(
+                f"{self.folder}: no LoRAs here yet. Run `lora-dataset` with this configuration first."
+            )
+        return LoRADataset.load(shipped)
 
     def _lora_actions(self) -> list:
         """Evenly spread over the training actions, so that every factor value has its share."""
-        actions, count = self.data.training, self.config.data.lora_tasks
+        actions = self.data.training
+        count = min(self.config.data.lora_tasks, len(actions))
         return [actions[i * len(actions) // count] for i in range(count)]
 
     def _new_network(self) -> Hypernetwork:
         base, condition = self.data.descriptions()
-        sizes = self.config.network
         out_features, in_features = base.layers[0].shape
         torch.manual_seed(self.config.stage1.seed)
         config = HypernetworkConfig(
-            condition.width, out_features, in_features, self.config.lora.rank, sizes.patch, sizes.width,
-            sizes.heads, sizes.blocks, sizes.mlp_ratio, sizes.pooling_queries, sizes.feature_blocks,
-        )  # fmt: skip
+            condition_width=condition.width,
+            out_features=out_features,
+            in_features=in_features,
+            rank=self.config.lora.rank,
+            **asdict(self.config.network),
+        )
         return Hypernetwork(config, base, condition)
-
-    def _report(self, part: str):
-        started = time.time()
-
-        def report(step: int, figures: dict[str, float]) -> None:
-            said = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
-            self.console.print(f"{part} {time.time() - started:6.0f} s  step {step}  {said}")
-
-        return report
 
     def _say_row(self, name: str, figures: dict[str, float]) -> None:
         self.console.print(name, {key: round(value, 4) for key, value in figures.items()})

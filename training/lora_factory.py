@@ -1,11 +1,16 @@
-"""Per-task LoRAs, the training targets: several tasks at once, from one shared initialisation.
+"""Per-task LoRAs, the training targets: many tasks in one batch over one frozen base model.
 
-The shared A and common random numbers matter: with an A drawn anew for each task, nothing about A or B can be
-learned across tasks (miniature.md, finding 1).
+All tasks start from one A and see one sequence of noise and times (common random numbers), so that a LoRA
+says how its task differs and not how its start did. Measured on 24 tasks of the miniature
+(`LoRAConfig(steps=60)`; each task left out in turn, its A and B predicted from its factors by
+`baselines.simple.ridge_lora`): the centred cosine of predicted and true dW, dW less its mean over the other
+tasks, is .46 +- .02 with one A for all and .13 +- .02 with an A for each task, at the same flow-matching loss
+(.266). The canonical form does not stand in for a common start: .10 on the LoRAs of one A, .13 on the others.
 """
 
 import math
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,23 +18,24 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from lofa_core.base_models import TargetLayer
+from lofa_core.lora import LoRALayer
 
 from . import flow
+from .config import LoRAConfig
 from .injection import injected, target_modules
 
 
 @dataclass(frozen=True)
-class LoRATraining:
-    """How one task's LoRA is trained."""
+class TrainedLoRA:
+    """One task's LoRA (alpha = r, so dW = B A), or what became of it."""
 
-    rank: int = 4
-    steps: int = 200
-    batch: int = 8  # clips a step and task
-    learning_rate: float = 3e-3
-    seed: int = 0
+    A: Tensor  # [L, r, in] float32, on the CPU
+    B: Tensor  # [L, out, r] float32, on the CPU
+    loss: float  # flow matching, mean over the last tenth of the steps
+    divergence: str | None  # what is wrong with it; None if nothing is
 
 
-def shared_initialisation(layers: tuple[TargetLayer, ...], rank: int, seed: int) -> dict[str, Tensor]:
+def initial_A(layers: tuple[TargetLayer, ...], rank: int, seed: int) -> dict[str, Tensor]:
     """A [r, in] of every layer, uniform as PEFT draws it; B starts at zero."""
     generator = torch.Generator().manual_seed(seed)
     return {
@@ -42,27 +48,26 @@ def shared_initialisation(layers: tuple[TargetLayer, ...], rank: int, seed: int)
 def train_loras(
     model: WanTransformer3DModel,
     layers: tuple[TargetLayer, ...],
-    tasks: list[Tensor],
+    clips: Mapping[str, Tensor],
     states: Tensor,
-    settings: LoRATraining,
+    settings: LoRAConfig,
     *,
-    report: Callable[[int, float], None] = lambda step, loss: None,
-) -> tuple[Tensor, Tensor]:
-    """LoRAs for K tasks of unit latents [n_k, C, T, H, W], under the coarse prompt's folded text states [1, S
-    + 1, d].
+    report: Callable[[int, Tensor], None] = lambda step, losses: None,
+) -> dict[str, TrainedLoRA]:
+    """LoRAs of K tasks at once, by flow matching (LoFA eq. 7) through W + B A (eq. 1) with AdamW.
 
-    Every task sees the same noise and times (common random numbers). Returns A [K, L, r, in] and B [K, L,
-    out, r].
+    `clips`: task id -> unit latents [n, C, T, H, W]. `states`: the prompt that all tasks train under, folded
+    text states [1, S + 1, d]. Computed where the model lies and in its dtype; factors and AdamW's moments are
+    float32. `report` gets the step and every task's loss [K]; reading them waits for the device.
+
+    No operation mixes tasks: what diverges in one of them is seen by no other.
     """
-    count, names = len(tasks), [layer.name for layer in layers]
+    names = [layer.name for layer in layers]
     modules = target_modules(model, names)
-    start = shared_initialisation(layers, settings.rank, settings.seed)
-    A = {name: start[name].expand(count, -1, -1).clone().requires_grad_() for name in names}
-    B = {
-        layer.name: torch.zeros(count, layer.shape[0], settings.rank, requires_grad=True) for layer in layers
-    }
+    device, dtype = model.device, model.dtype  # asked once: diffusers walks the whole model for each answer
+    A, B = _start(layers, list(clips), settings, device)
     optimiser = torch.optim.AdamW(
-        [*A.values(), *B.values()], lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=0.0
+        [*A.values(), *B.values()], settings.learning_rate, (0.9, 0.99), weight_decay=0.0, fused=True
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser,
@@ -71,24 +76,85 @@ def train_loras(
         ),
     )
     generator = torch.Generator().manual_seed(settings.seed)
-    text = states.expand(count * settings.batch, -1, -1)
-    for step in range(settings.steps):
-        picks = torch.randint(2**31, (settings.batch,), generator=generator)
-        clean = torch.cat([clips[picks % len(clips)] for clips in tasks]).float()
-        noise = torch.randn(settings.batch, *clean.shape[1:], generator=generator).repeat(count, 1, 1, 1, 1)
-        times = flow.random_times(settings.batch, generator).repeat(count)
-        with injected(modules, A, B):
-            x = flow.noised(clean, noise, times)
-            wrong = model(x, times * 1000.0, text, return_dict=False)[0] - (noise - clean)
+    latents = [task.to(device) for task in clips.values()]
+    text = states.to(device, dtype).expand(len(latents) * settings.batch, -1, -1)
+    last = max(1, settings.steps // 10)
+    total = torch.zeros(len(latents), device=device)
+    broken = torch.zeros(len(latents), dtype=torch.long, device=device)  # first step without a loss
+    for step in range(1, settings.steps + 1):
+        cast = ({name: x.to(dtype) for name, x in factors.items()} for factors in (A, B))
+        with injected(modules, *cast):
+            losses = _losses(model, latents, text, settings.batch, generator)
+        optimiser.zero_grad()
         # The sum over tasks of each task's own mean: a task's gradient does not depend on who shares its
         # batch.
-        loss = wrong.pow(2).view(count, -1).mean(1).sum()
-        optimiser.zero_grad()
-        loss.backward()
+        losses.sum().backward()
         optimiser.step()
         schedule.step()
-        report(step + 1, loss.item() / count)
-    return (
-        torch.stack([A[name].detach() for name in names], 1),
-        torch.stack([B[name].detach() for name in names], 1),
-    )
+        losses = losses.detach()
+        broken = torch.where(losses.isfinite() | (broken > 0), broken, step)
+        if step > settings.steps - last:
+            total += losses / last
+        report(step, losses)
+    W_norms = torch.stack([modules[name].weight.detach().float().norm() for name in names])
+    found_A, found_B = (torch.stack([x[name].detach() for name in names], 1) for x in (A, B))
+    relative = (_norms(found_A, found_B) / W_norms).cpu()  # [K, L]
+    return {
+        task: _finished(*row, names, settings)
+        for task, *row in zip(
+            clips, found_A.cpu(), found_B.cpu(), total.tolist(), broken.tolist(), relative, strict=True
+        )
+    }
+
+
+def _start(layers, tasks: list[str], settings: LoRAConfig, device) -> tuple[dict, dict]:
+    """Trainable A [K, r, in] and B [K, out, r] by layer; a task's own A depends on its id alone."""
+    seeds = [settings.seed + (0 if settings.shared_A else zlib.crc32(task.encode())) for task in tasks]
+    starts = [initial_A(layers, settings.rank, seed) for seed in seeds]
+    A = {
+        layer.name: torch.stack([start[layer.name] for start in starts]).to(device).requires_grad_()
+        for layer in layers
+    }
+    B = {
+        layer.name: torch.zeros(len(tasks), layer.shape[0], settings.rank, device=device, requires_grad=True)
+        for layer in layers
+    }
+    return A, B
+
+
+def _losses(model, latents: list[Tensor], text: Tensor, batch: int, generator: torch.Generator) -> Tensor:
+    """Each task's flow-matching loss [K] on `batch` of its clips, under the same noise and times."""
+    count, device = len(latents), text.device
+    picks = torch.randint(2**31, (batch,), generator=generator)
+    clean = torch.cat([clips[(picks % len(clips)).to(device)] for clips in latents]).float()
+    noise = torch.randn(batch, *clean.shape[1:], generator=generator).to(device).repeat(count, 1, 1, 1, 1)
+    times = flow.random_times(batch, generator).to(device).repeat(count)
+    x = flow.noised(clean, noise, times).to(text.dtype)
+    velocity = model(x, times * 1000.0, text, return_dict=False)[0].float()
+    return (velocity - (noise - clean)).pow(2).view(count, -1).mean(1)
+
+
+def _norms(A: Tensor, B: Tensor) -> Tensor:
+    """||B A|| (Frobenius) [K, L]: its square is the trace of (B^T B)(A A^T), r x r matrices."""
+    squares = ((B.mT @ B) * (A @ A.mT)).sum((-1, -2))
+    return squares.clamp(min=0.0).sqrt()
+
+
+def _finished(
+    A: Tensor, B: Tensor, loss: float, broken: int, relative: Tensor, names: list[str], settings: LoRAConfig
+) -> TrainedLoRA:
+    """One task's factors and its verdict; `broken`: first step without a loss, `relative`: ||dW|| / ||W||."""
+    worst = int(relative.nan_to_num(math.inf).argmax())
+    if broken:
+        divergence = f"the loss was not finite in step {broken}"
+    elif not relative[worst] <= settings.max_relative_norm:
+        divergence = (
+            f"||dW|| is {relative[worst]:.3g} times ||W|| in {names[worst]}, "
+            f"above max_relative_norm = {settings.max_relative_norm:g}"
+        )
+    else:
+        divergence = None
+    if settings.canonical and divergence is None:
+        forms = [LoRALayer(a, b, settings.rank).truncated(settings.rank) for a, b in zip(A, B, strict=True)]
+        A, B = torch.stack([form.A for form in forms]), torch.stack([form.B for form in forms])
+    return TrainedLoRA(A, B, loss, divergence)

@@ -1,5 +1,6 @@
 """Stage I and Stage II (LoFA section 3.3): what each learns from a step's tasks. trainer.py runs them."""
 
+import contextlib
 import copy
 from collections.abc import Sequence
 
@@ -12,7 +13,7 @@ from lofa_core.hypernetwork import GaussianResponse, Hypernetwork, Response
 from lofa_core.response_map import response_map
 
 from . import flow
-from .config import Stage1Config, Stage2Config
+from .config import DiffusionConfig, Stage1Config, Stage2Config
 from .injection import injected, target_modules
 from .lora_dataset import LoRADataset
 from .losses import RECONSTRUCTION
@@ -22,15 +23,18 @@ from .validation import response_cosines, weight_cosines
 
 
 def stage1_losses(response: Response, weights: Tensor, A: Tensor, B: Tensor) -> dict[str, Tensor]:
-    """Binary cross-entropy of the response map (eq. 4) and, where Stage I predicts dW as a Gaussian, its
-    negative log-likelihood.
+    """Binary cross-entropy of the response map (eq. 4) and the size of Stage I's factors (as the published
+    training has it); where Stage I predicts dW as a Gaussian, its negative log-likelihood.
 
     weights [N, out, in]; targets A [K, N, r, in], B [K, N, out, r].
     """
     delta = B @ A
     wanted = response_map(weights.expand_as(delta), delta).float()
     probability = response.probability(weights).clamp(1e-6, 1.0 - 1e-6)
-    losses = {"cross_entropy": F.binary_cross_entropy(probability, wanted)}
+    losses = {
+        "cross_entropy": F.binary_cross_entropy(probability, wanted),
+        "size": response.A.square().mean() + response.B.square().mean(),
+    }
     if isinstance(response, GaussianResponse):
         log_deviation = response.row_log_deviation.unsqueeze(-1) + response.column_log_deviation.unsqueeze(-2)
         error = (delta - response.B @ response.A) * (-log_deviation).exp()
@@ -58,7 +62,9 @@ class Stage1:
         self.module = _Stage1(hypernetwork.to(device))
         self.base = data.stacked_weights().to(device)
         self.patches = hypernetwork.patches(self.base)
-        self.weights = {"cross_entropy": 1.0, "likelihood": settings.likelihood_weight}
+        self.weights = {
+            "cross_entropy": 1.0, "likelihood": settings.likelihood_weight, "size": settings.size_weight,
+        }  # fmt: skip
 
     def tasks(self, step: int, items: Sequence[int]) -> list[str]:
         return [str(self.known.actions[pick]) for pick, _ in self._drawn(step, items)]
@@ -115,55 +121,55 @@ class _Stage2(nn.Module):
         return self.stage2(patches, index, self.stage2.trunk.project(condition), features)
 
 
-class Stage2:
-    """Fits Stage II, started from Stage I, with reconstruction (eq. 6), diffusion (eq. 7) and distillation.
+class Diffusion:
+    """What every stage shares that is taught through the base model: the diffusion loss (eq. 7) of each
+    task's clips under the predicted LoRA, and distillation.
 
-    Reconstruction needs a task's own LoRA. The diffusion loss and the distillation run on every task: the
-    base model under the coarse prompt with the predicted LoRA must match the clip's velocity, and a
+    The base model under the coarse prompt with the predicted LoRA must match the clip's velocity, and a
     teacher's: the base with the task's own LoRA, or under the fine prompt without. `average` is what is kept
-    in the end.
+    of `trained` in the end.
     """
 
-    name = "stage2"
+    name = ""
 
     def __init__(
         self,
         hypernetwork: Hypernetwork,
+        module: nn.Module,
+        trained: nn.Module,
         data: MiniatureTasks,
-        known: LoRADataset,
+        known: LoRADataset | None,
         held_out: LoRADataset | None,
-        settings: Stage2Config,
+        settings: DiffusionConfig,
         device: torch.device,
     ):
-        self.hypernetwork, self.data, self.known, self.held_out = hypernetwork, data, known, held_out
+        self.hypernetwork, self.module, self.trained = hypernetwork, module, trained
+        self.data, self.known, self.held_out = data, known, held_out
         self.settings, self.device = settings, device
-        hypernetwork.stage2.start_from(hypernetwork.stage1)
-        hypernetwork.to(device).stage1.requires_grad_(False)
-        self.module = _Stage2(hypernetwork)
-        self.average = copy.deepcopy(hypernetwork.stage2).requires_grad_(False)
+        self.average = copy.deepcopy(trained).requires_grad_(False)
         self.patches = hypernetwork.patches(data.stacked_weights().to(device))
         self.model = data.load_model().to(device)
+        if settings.checkpoint_activations:
+            self.model.enable_gradient_checkpointing()
         self.names = [layer.name for layer in hypernetwork.base.layers]
         self.modules = target_modules(self.model, self.names)
         self.index = torch.arange(len(self.names), device=device)
         self.coarse = data.coarse().to(device)
         self.shown = data.clips.action_weights().to(device)
-        self.own = {action: row for row, action in enumerate(known.actions)}
-        self.weights = {
-            name: getattr(settings, f"{name}_weight")
-            for name in ("diffusion", "distillation", "reconstruction")
-        }
+        self.own = {action: row for row, action in enumerate(known.actions)} if known else {}
+        self.weights = {name: getattr(settings, f"{name}_weight") for name in ("diffusion", "distillation")}
+        self._injection = contextlib.ExitStack()
 
     def tasks(self, step: int, items: Sequence[int]) -> list[str]:
         return [str(action) for action, _ in self._drawn(step, items)]
 
     def _drawn(self, step: int, items: Sequence[int]) -> list[tuple[object, np.random.Generator]]:
         """The first items of a step are tasks with a LoRA of their own, the others any."""
-        few = round(self.settings.with_lora * self.settings.tasks) if self.known.actions else 0
+        few = round(self.settings.with_lora * self.settings.tasks) if self.own else 0
         drawn = []
         for item in items:
             rng = draw(self.settings.seed, step, item)
-            choices = self.known.actions if item < few else self.data.training
+            choices = self.known.actions if self.known and item < few else self.data.training
             drawn.append((choices[rng.integers(len(choices))], rng))
         return drawn
 
@@ -174,19 +180,22 @@ class Stage2:
         predicted = model(self.patches, self.index, self.data.conditions(sentences).to(device))
 
         x, velocity_of_data, times, fine = self._noised(actions, draws)
+        rows = torch.tensor([self.own.get(action, -1) for action in actions])
+        teacher = self._teacher(x, times, fine, rows) if settings.distillation_weight else None
         use_fine = draw(settings.seed, step).random() < settings.fine_prompts
         text = fine if use_fine else self.coarse.expand(len(x), -1, -1)
-        with injected(self.modules, *by_name(self.names, *predicted)):
-            velocity = self.model(x, times * 1000.0, text, return_dict=False)[0]
+        # Not taken out before the backward pass, which may compute the base model's blocks again.
+        self._injection.close()
+        self._injection.enter_context(injected(self.modules, *by_name(self.names, *predicted)))
+        velocity = self.model(x, times * 1000.0, text, return_dict=False)[0]
         losses = {"diffusion": (self.shown * (velocity - velocity_of_data).pow(2)).mean()}
-        rows = torch.tensor([self.own.get(action, -1) for action in actions])
-        if settings.distillation_weight:
-            losses["distillation"] = (
-                self.shown * (velocity - self._teacher(x, times, fine, rows)).pow(2)
-            ).mean()
-        if settings.reconstruction_weight:
-            losses["reconstruction"] = self._reconstruction(predicted, rows)
-        return losses
+        if teacher is not None:
+            losses["distillation"] = (self.shown * (velocity - teacher).pow(2)).mean()
+        return losses | self._on_factors(predicted, rows)
+
+    def _on_factors(self, predicted: tuple[Tensor, Tensor], rows: Tensor) -> dict[str, Tensor]:
+        """Losses on the predicted factors. rows [K]: the tasks' own LoRAs in `known`, -1 for none."""
+        raise NotImplementedError
 
     def _noised(self, actions: Sequence, draws: Sequence[np.random.Generator]) -> tuple[Tensor, ...]:
         """(x_t, the velocity of the clips, times, fine prompts) of `clips` clips of each task."""
@@ -205,16 +214,6 @@ class Stage2:
         fine = self.data.prompts(sentences).to(self.device).repeat_interleave(self.settings.clips, 0)
         x0, epsilon, t = (torch.cat(parts).to(self.device) for parts in (clean, noise, times))
         return flow.noised(x0, epsilon, t), epsilon - x0, t, fine
-
-    def _reconstruction(self, predicted: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:
-        """Mean over all tasks of the step; one without a LoRA of its own counts as nothing to reconstruct."""
-        known = rows >= 0
-        if not known.any():
-            return predicted[0].new_zeros(())
-        wanted = (self.known.A[rows[known]].to(self.device), self.known.B[rows[known]].to(self.device))
-        found = (predicted[0][known], predicted[1][known])
-        compare = RECONSTRUCTION[self.settings.reconstruction]
-        return compare(found, wanted, self.hypernetwork.statistics).sum() / len(rows)
 
     def _teacher(self, x: Tensor, times: Tensor, fine: Tensor, rows: Tensor) -> Tensor:
         """Velocities to match: base + own LoRA under the coarse prompt where there is one, else the base
@@ -243,20 +242,61 @@ class Stage2:
         return target
 
     def after_step(self, step: int) -> None:
+        self._injection.close()
         decay = min(self.settings.ema_decay, (1 + step) / (10 + step))
         with torch.no_grad():
-            for kept, new in zip(
-                self.average.parameters(), self.hypernetwork.stage2.parameters(), strict=True
-            ):
+            for kept, new in zip(self.average.parameters(), self.trained.parameters(), strict=True):
                 kept.lerp_(new, 1.0 - decay)
 
     def state(self) -> list[nn.Module]:
         return [self.average]
 
+    def finish(self) -> None:
+        """Put the averaged weights in the trained ones' place."""
+        self.trained.load_state_dict(self.average.state_dict())
+
     def validate(self) -> dict[str, float]:
-        if self.held_out is None:
+        if self.known is None or self.held_out is None:
             return {}
         return weight_cosines(self.hypernetwork, self.data, self.known, self.held_out)
+
+
+class Stage2(Diffusion):
+    """Fits Stage II, started from Stage I, with reconstruction (eq. 6), diffusion (eq. 7) and distillation.
+
+    Reconstruction needs a task's own LoRA; the other two run on every task.
+    """
+
+    name = "stage2"
+
+    def __init__(
+        self,
+        hypernetwork: Hypernetwork,
+        data: MiniatureTasks,
+        known: LoRADataset,
+        held_out: LoRADataset | None,
+        settings: Stage2Config,
+        device: torch.device,
+    ):
+        hypernetwork.stage2.start_from(hypernetwork.stage1)
+        hypernetwork.to(device).stage1.requires_grad_(False)
+        super().__init__(
+            hypernetwork, _Stage2(hypernetwork), hypernetwork.stage2, data, known, held_out, settings, device
+        )
+        self.weights["reconstruction"] = settings.reconstruction_weight
+        self.compare = RECONSTRUCTION[settings.reconstruction]
+
+    def _on_factors(self, predicted: tuple[Tensor, Tensor], rows: Tensor) -> dict[str, Tensor]:
+        """Reconstruction: the mean over all tasks; one without a LoRA of its own counts nothing."""
+        known = rows >= 0
+        if not self.weights["reconstruction"]:
+            return {}
+        if self.known is None or not known.any():
+            return {"reconstruction": predicted[0].new_zeros(())}
+        wanted = (self.known.A[rows[known]].to(self.device), self.known.B[rows[known]].to(self.device))
+        found = (predicted[0][known], predicted[1][known])
+        each = self.compare(found, wanted, self.hypernetwork.statistics)
+        return {"reconstruction": each.sum() / len(rows)}
 
 
 def by_name(names: list[str], A: Tensor, B: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -1,13 +1,17 @@
 """Train and evaluate a LoFA hypernetwork.
 
+    python training/train.py cache --config ...
+        latents and text states of your own clips (data.folder), once; data_report.json says what was left out
     python training/train.py lora-dataset --config training/configs/miniature.toml
         one LoRA for each training and held-out task: what the stages learn from
     python training/train.py stage1 --config ...
         the response maps (Stage I), from those LoRAs
     python training/train.py stage2 --config ...
         the LoRAs themselves (Stage II), from Stage I
+    python training/train.py end-to-end --config ...
+        both stages at once from clips alone, without LoRAs to learn from
     python training/train.py all --config ...
-        the three in their order
+        cache (where there is a folder), lora-dataset, stage1 and stage2 in their order
     python training/train.py evaluate --config ...
         held-out figures of the run's hypernetwork, else of the embedded one; the last line is JSON
     python training/train.py ship --config ...
@@ -37,12 +41,14 @@ from rich.text import Text
 
 from training.config import load_config
 
+COMMANDS = ("cache", "lora-dataset", "stage1", "stage2", "end-to-end", "all", "evaluate", "ship")
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=["lora-dataset", "stage1", "stage2", "all", "evaluate", "ship"])
+    parser.add_argument("command", choices=COMMANDS)
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="in place of what the configuration says"
     )
@@ -74,12 +80,13 @@ def main() -> int:
             if run.process == 0:
                 sys.stdout.write(json.dumps(found) + "\n")
             return 0
-        parts = ("lora-dataset", "stage1", "stage2") if chosen.command == "all" else (chosen.command,)
+        everything = (*(("cache",) if config.data.folder else ()), "lora-dataset", "stage1", "stage2")
+        parts = everything if chosen.command == "all" else (chosen.command,)
         for part in parts:
             if part == "lora-dataset":
                 run.lora_dataset(chosen.ray)
             else:
-                getattr(run, part)()
+                getattr(run, part.replace("-", "_"))()
     except (ValueError, OSError) as error:
         console.print(Text("error ", "bold red"), Text(str(error)), soft_wrap=True)
         return 2

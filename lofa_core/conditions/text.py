@@ -74,8 +74,8 @@ class TextEncoder:
         self._tokenize = tokenize
 
     @classmethod
-    def open(cls, folder: Path | str) -> "TextEncoder":
-        """Read text_encoder/ and tokenizer/ of a base folder, the weights in their own dtype.
+    def open(cls, folder: Path | str, device: torch.device | str = "cpu") -> "TextEncoder":
+        """Read text_encoder/ and tokenizer/ of a base folder, the weights in their own dtype, onto a device.
 
         Raises ValueError for files that are not a complete UMT5 encoder, or where transformers is missing.
         """
@@ -101,7 +101,7 @@ class TextEncoder:
                 f"{weights}: not a complete UMT5 encoder, {len(report['missing_keys'])} tensors are missing "
                 f"({missing}). Copy the text_encoder folder again."
             )
-        return cls(model.eval(), _open_tokenizer(folder / "tokenizer"))
+        return cls(model.eval().to(device), _open_tokenizer(folder / "tokenizer"))
 
     def encode(self, prompt: str) -> Tensor:
         """States [1, S, d] of the prompt's tokens and the closing </s>, without padding rows.

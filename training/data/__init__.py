@@ -1,0 +1,1 @@
+"""Data that you bring: folders of clips with sentences, read, checked and encoded once."""
