@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from training import flow
 from training.config import Stage1Config, Stage2Config
 from training.injection import target_modules
 from training.lora_dataset import LoRADataset
+from training.over_base import padded
 from training.stages import Stage1, Stage2, stage1_losses
 from training.trainer import draw as drawn
 from training.trainer import noise_from, train
@@ -293,3 +295,19 @@ def test_an_item_of_a_step_is_the_same_task_whoever_takes_it():
     together = stage.tasks(3, range(8))
     assert stage.tasks(3, range(0, 8, 2)) == together[::2] and stage.tasks(3, [7]) == together[7:]
     assert stage.tasks(4, range(8)) != together
+
+
+@torch.no_grad()
+def test_a_network_that_attends_to_padding_is_trained_with_the_padding_it_is_used_with():
+    net, given = sized_network(), condition(tokens=4, width=64)
+    assert torch.equal(padded(given, net), given)
+    net.condition = replace(net.condition, padded_to=512)
+    assert padded(given, net).shape == (1, 512, 64) and torch.equal(padded(given, net)[:, :4], given)
+    seen = []
+    stage = Stage1(
+        net, Tasks(), dataset(ACTIONS[:3], *loras(3)), None, Stage1Config(tasks=2), torch.device("cpu")
+    )
+    stage.losses(
+        lambda patches, index, given: seen.append(given) or stage.module(patches, index, given), 0, [0, 1]
+    )
+    assert seen[0].shape == (2, 512, 64)

@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from lofa_core.descriptions import HypernetworkConfig
 from lofa_core.hypernetwork import Hypernetwork
 
 from . import cluster
+from .backbones import TEXT_LENGTH
 from .config import TrainingConfig
 from .data import published
 from .data.cache import CacheSummary, cache_dataset
@@ -226,6 +227,8 @@ class Run:
 
     def _new_network(self) -> Hypernetwork:
         base, condition = self.data.descriptions()
+        if not self.config.network.mask_padding:  # then training has to see the padding that use brings
+            condition = replace(condition, padded_to=TEXT_LENGTH)
         out_features, in_features = base.layers[0].shape
         torch.manual_seed(self.config.stage1.seed)
         config = HypernetworkConfig(

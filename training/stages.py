@@ -18,6 +18,7 @@ from .injection import injected, target_modules
 from .lora_dataset import LoRADataset
 from .losses import RECONSTRUCTION
 from .miniature.tasks import MiniatureTasks
+from .over_base import padded
 from .trainer import draw, noise_from
 from .validation import response_cosines, weight_cosines
 
@@ -78,7 +79,8 @@ class Stage1:
         sentences = [self.data.sentence(self.known.actions[pick], rng) for pick, rng in drawn]
         layers = draw(self.settings.seed, step).permutation(len(self.base))[: self.settings.layers]
         index = torch.from_numpy(layers).to(self.device)
-        response = model(self.patches[index], index, self.data.conditions(sentences).to(self.device))
+        condition = padded(self.data.conditions(sentences), self.hypernetwork).to(self.device)
+        response = model(self.patches[index], index, condition)
         picks = torch.tensor([pick for pick, _ in drawn])
         targets = (x[picks][:, index.cpu()].to(self.device) for x in (self.known.A, self.known.B))
         return stage1_losses(response, self.base[index], *targets)
@@ -177,7 +179,8 @@ class Diffusion:
         settings, device = self.settings, self.device
         actions, draws = zip(*self._drawn(step, items), strict=True)
         sentences = [self.data.sentence(action, rng) for action, rng in zip(actions, draws, strict=True)]
-        predicted = model(self.patches, self.index, self.data.conditions(sentences).to(device))
+        condition = padded(self.data.conditions(sentences), self.hypernetwork).to(device)
+        predicted = model(self.patches, self.index, condition)
 
         x, velocity_of_data, times, fine = self._noised(actions, draws)
         rows = torch.tensor([self.own.get(action, -1) for action in actions])

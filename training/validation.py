@@ -9,6 +9,7 @@ from lofa_core.response_map import centred_cosine, cosine, response_map
 
 from .lora_dataset import LoRADataset
 from .miniature.tasks import MiniatureTasks
+from .over_base import padded
 
 _TASKS = 16  # held-out tasks of a look
 _SEED = 4321  # of their sentences
@@ -30,7 +31,8 @@ def response_cosines(
     found = []
     for condition, a, b in _held_out(data, held_out):
         real = response_map(weights, b @ a).float()
-        response = stage1(patches, index, stage1.trunk.project(condition.to(device)))
+        condition = padded(condition, hypernetwork).to(device)
+        response = stage1(patches, index, stage1.trunk.project(condition))
         guess = response.probability(weights.to(device))[0].cpu()
         found.append((cosine(guess, real), centred_cosine(guess, real, mean), cosine(mean, real)))
     names = ("response_cosine", "centred_response_cosine", "mean_map_cosine")
@@ -49,7 +51,7 @@ def weight_cosines(
     index = torch.arange(len(weights), device=device)
     found = []
     for condition, a, b in _held_out(data, held_out):
-        A, B, _ = hypernetwork(weights.to(device), index, condition.to(device))
+        A, B, _ = hypernetwork(weights.to(device), index, padded(condition, hypernetwork).to(device))
         guess, real = (B[0] @ A[0]).cpu(), b @ a
         found.append((cosine(guess, real), centred_cosine(guess, real, mean), cosine(mean, real)))
     names = ("delta_cosine", "centred_delta_cosine", "mean_delta_cosine")

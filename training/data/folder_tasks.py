@@ -8,16 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from lofa_core import miniature
-from lofa_core.base_models import WAN_IMAGE_KINDS, BaseWeights, open_safetensors
-from lofa_core.descriptions import BaseDescription, ConditionDescription, LayerDescription
+from lofa_core.base_models import WAN_IMAGE_KINDS, open_safetensors
+from lofa_core.descriptions import BaseDescription, ConditionDescription
 
-from ..backbones import fold_padding, load_transformer, use_folded_padding
+from ..backbones import fold_padding
 from ..config import DataConfig
 from ..miniature.tasks import MiniatureTasks
+from ..over_base import OverBase
 from .cache import INDEX, encoders_fingerprint, read_cached, settings_of
 from .task_folder import Task
 
@@ -74,7 +74,7 @@ class FolderClips:
         return torch.ones(self.latents[torch.tensor([0])].shape[1:])
 
 
-class FolderTasks:
+class FolderTasks(OverBase):
     """What MiniatureTasks is to the stages, for a folder dataset that `cache` has encoded for a WAN2.1 base.
 
     Raises ValueError for a base that cannot be trained on; whatever needs the cache raises ValueError where
@@ -136,28 +136,10 @@ class FolderTasks:
         """The held-out tasks' clips: all there are. A world draws `each` of them from seeds by `offset`."""
         return FolderClips(self.folder / "cache", self._of("held_out"))
 
-    def load_model(self) -> WanTransformer3DModel:
-        """The frozen base model, taking text from `fold_padding`."""
-        model = load_transformer(self.base).requires_grad_(False)
-        use_folded_padding(model)
-        return model
-
-    @cached_property
-    def weights(self) -> BaseWeights:
-        return BaseWeights.open(self.base)
-
-    def stacked_weights(self) -> Tensor:
-        """[L, out, in] float32 of all target layers."""
-        return torch.stack([self.weights.read(layer).float() for layer in self.weights.model.layers])
-
     def descriptions(self) -> tuple[BaseDescription, ConditionDescription]:
         """What a hypernetwork trained on these tasks is for."""
-        model = self.weights.model
-        layers = tuple(LayerDescription(x.name, x.depth, x.kind, x.shape) for x in model.layers)
-        return (
-            BaseDescription(model.name, layers, self.weights.fingerprint()),
-            ConditionDescription("text", self.coarse().shape[-1], coarse_prompt=self.coarse_prompt),
-        )
+        condition = ConditionDescription("text", self.coarse().shape[-1], coarse_prompt=self.coarse_prompt)
+        return self.base_description(), condition
 
     def sentence(self, action: TaskName, rng: np.random.Generator) -> str:
         """A training sentence: the task's prompt, now and then the caption of one of its clips."""

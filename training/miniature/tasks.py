@@ -6,22 +6,20 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import torch
-from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from lofa_core import miniature
-from lofa_core.base_models import BaseWeights
-from lofa_core.descriptions import BaseDescription, ConditionDescription, LayerDescription
+from lofa_core.descriptions import BaseDescription, ConditionDescription
 
-from ..backbones import load_transformer, load_vae, use_folded_padding
+from ..backbones import load_vae
 from ..config import DataConfig
+from ..over_base import OverBase
 from . import captions, text_encoder, world
 from .latents import LatentClips, encode_clips
 from .transformer import PromptEncoder, load_prompt_encoder
 
 
-class MiniatureTasks:
+class MiniatureTasks(OverBase):
     """Everything the training stages ask for. `folder` holds the run's cached latents."""
 
     def __init__(self, config: DataConfig, folder: Path, base: Path = miniature.FOLDER):
@@ -55,28 +53,10 @@ class MiniatureTasks:
         """
         return encode_clips(load_vae(self.base), self.held_out, each, self.config.seed + 90_000 + offset)
 
-    def load_model(self) -> WanTransformer3DModel:
-        """The frozen base model, taking text from `fold_padding`."""
-        model = load_transformer(self.base).requires_grad_(False)
-        use_folded_padding(model)
-        return model
-
-    @cached_property
-    def weights(self) -> BaseWeights:
-        return BaseWeights.open(self.base)
-
-    def stacked_weights(self) -> Tensor:
-        """[L, out, in] float32 of all target layers."""
-        return torch.stack([self.weights.read(layer).float() for layer in self.weights.model.layers])
-
     def descriptions(self) -> tuple[BaseDescription, ConditionDescription]:
         """What a hypernetwork trained on these tasks is for."""
-        model = self.weights.model
-        layers = tuple(LayerDescription(x.name, x.depth, x.kind, x.shape) for x in model.layers)
-        return (
-            BaseDescription(model.name, layers, self.weights.fingerprint()),
-            ConditionDescription("text", text_encoder.WIDTH, captions.known_words(), captions.COARSE),
-        )
+        condition = ConditionDescription("text", text_encoder.WIDTH, captions.known_words(), captions.COARSE)
+        return self.base_description(), condition
 
     def sentence(self, action: world.Action, rng: np.random.Generator) -> str:
         """A training sentence: mostly whole, some with parts left out or clothes and a place named."""
