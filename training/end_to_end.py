@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lofa_core.hypernetwork import Hypernetwork
 
 from .config import EndToEndConfig
-from .miniature.tasks import MiniatureTasks
+from .data.folder_tasks import Tasks
 from .stages import Diffusion
 
 
@@ -20,7 +20,7 @@ class EndToEnd(Diffusion):
     name = "end_to_end"
 
     def __init__(
-        self, hypernetwork: Hypernetwork, data: MiniatureTasks, settings: EndToEndConfig, device: torch.device
+        self, hypernetwork: Hypernetwork, data: Tasks, settings: EndToEndConfig, device: torch.device
     ):
         hypernetwork = hypernetwork.to(device)
         super().__init__(hypernetwork, _Both(hypernetwork), hypernetwork, data, None, None, settings, device)

@@ -13,10 +13,10 @@ from torch import Tensor
 from lofa_core.base_models import TargetLayer
 
 from .config import LoRAConfig
+from .data.folder_tasks import Tasks
 from .lora_dataset import LoRAFolder, Record, Status, task_id, task_metadata
 from .lora_factory import train_loras
 from .miniature.latents import LatentClips
-from .miniature.tasks import MiniatureTasks
 from .miniature.world import Action
 
 
@@ -56,7 +56,7 @@ def recorded(settings: LoRAConfig) -> dict[str, Any]:
     return values
 
 
-def train_here(data: MiniatureTasks, device: torch.device) -> Trainer:
+def train_here(data: Tasks, device: torch.device) -> Trainer:
     """A trainer in this process."""
 
     def train(batches: Iterable[Batch]) -> Iterator[list[Record]]:

@@ -14,10 +14,10 @@ from lofa_core.response_map import response_map
 
 from . import flow
 from .config import DiffusionConfig, Stage1Config, Stage2Config
+from .data.folder_tasks import Tasks
 from .injection import injected, target_modules
 from .lora_dataset import LoRADataset
 from .losses import RECONSTRUCTION
-from .miniature.tasks import MiniatureTasks
 from .over_base import padded
 from .trainer import draw, noise_from
 from .validation import response_cosines, weight_cosines
@@ -52,7 +52,7 @@ class Stage1:
     def __init__(
         self,
         hypernetwork: Hypernetwork,
-        data: MiniatureTasks,
+        data: Tasks,
         known: LoRADataset,
         held_out: LoRADataset | None,
         settings: Stage1Config,
@@ -139,7 +139,7 @@ class Diffusion:
         hypernetwork: Hypernetwork,
         module: nn.Module,
         trained: nn.Module,
-        data: MiniatureTasks,
+        data: Tasks,
         known: LoRADataset | None,
         held_out: LoRADataset | None,
         settings: DiffusionConfig,
@@ -275,7 +275,7 @@ class Stage2(Diffusion):
     def __init__(
         self,
         hypernetwork: Hypernetwork,
-        data: MiniatureTasks,
+        data: Tasks,
         known: LoRADataset,
         held_out: LoRADataset | None,
         settings: Stage2Config,

@@ -7,8 +7,8 @@ from torch import Tensor
 from lofa_core.hypernetwork import Hypernetwork
 from lofa_core.response_map import centred_cosine, cosine, response_map
 
+from .data.folder_tasks import Tasks
 from .lora_dataset import LoRADataset
-from .miniature.tasks import MiniatureTasks
 from .over_base import padded
 
 _TASKS = 16  # held-out tasks of a look
@@ -17,7 +17,7 @@ _SEED = 4321  # of their sentences
 
 @torch.no_grad()
 def response_cosines(
-    hypernetwork: Hypernetwork, data: MiniatureTasks, known: LoRADataset, held_out: LoRADataset
+    hypernetwork: Hypernetwork, data: Tasks, known: LoRADataset, held_out: LoRADataset
 ) -> dict[str, float]:
     """Cosine of Stage I's maps with the real ones, plain and centred on the mean training map, and that
     map's own plain cosine: what a prediction has to beat.
@@ -41,7 +41,7 @@ def response_cosines(
 
 @torch.no_grad()
 def weight_cosines(
-    hypernetwork: Hypernetwork, data: MiniatureTasks, known: LoRADataset, held_out: LoRADataset
+    hypernetwork: Hypernetwork, data: Tasks, known: LoRADataset, held_out: LoRADataset
 ) -> dict[str, float]:
     """Cosine of predicted and real dW over all layers, plain and centred on the mean training dW, and the
     mean's own plain cosine.
@@ -58,7 +58,7 @@ def weight_cosines(
     return dict(zip(names, np.mean(found, axis=0).tolist(), strict=True))
 
 
-def _held_out(data: MiniatureTasks, held_out: LoRADataset) -> list[tuple[Tensor, Tensor, Tensor]]:
+def _held_out(data: Tasks, held_out: LoRADataset) -> list[tuple[Tensor, Tensor, Tensor]]:
     """(condition, A, B) of the first held-out tasks, each in one sentence as training words it."""
     rng = np.random.default_rng(_SEED)
     return [

@@ -185,7 +185,10 @@ class FolderTasks(OverBase):
         return places
 
 
-def open_tasks(base: str, config: DataConfig, folder: Path) -> MiniatureTasks | FolderTasks:
+Tasks = MiniatureTasks | FolderTasks
+
+
+def open_tasks(base: str, config: DataConfig, folder: Path) -> Tasks:
     """The tasks of a configuration; `folder` is the run's. ValueError for a base they cannot live in."""
     if config.folder:
         return FolderTasks(config, folder, miniature.FOLDER if base == "miniature" else Path(base))
