@@ -338,8 +338,6 @@ def test_a_run_caches_and_trains_per_task_loras(cached, tmp_path):
     held_out, training = run.lora_dataset()
     assert (held_out.done, training.done) == (("task 3",), ("task 0", "task 1", "task 2"))
     assert run._dataset("training").actions == run.data.training
-    with pytest.raises(ValueError, match="--ray local: not for data.folder yet"):
-        run.lora_dataset("local")
     for refused in (lambda: run.evaluate(None), run.ship):
         with pytest.raises(ValueError, match="draws and judges clips of the miniature's world"):
             refused()

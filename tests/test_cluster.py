@@ -10,10 +10,12 @@ import time
 import psutil
 import pytest
 from rich.console import Console
+from test_cache import cached, world_cached  # noqa: F401
 from test_loop import new_run
 
 from training import cluster
-from training.config import DataConfig, LoRAConfig
+from training.config import DataConfig, LoRAConfig, TrainingConfig
+from training.loop import Run
 from training.lora_dataset import LoRAFolder, checksum, task_id
 
 SETTINGS = {
@@ -80,12 +82,12 @@ def test_a_worker_killed_in_the_middle_costs_no_lora(run):
 def test_a_batch_that_kills_every_worker_fails_alone(run, monkeypatch):
     doomed = task_id(run._lora_actions()[3])
 
-    def deadly(config, folder, batch):
+    def deadly(base, batch):
         from training import cluster
 
         if doomed in batch.clips:
             os.kill(os.getpid(), signal.SIGKILL)
-        return cluster._train(config, folder, batch)
+        return cluster._train(base, batch)
 
     monkeypatch.setattr(cluster, "_train", deadly)
     monkeypatch.setattr(cluster, "RETRIES", 1)
@@ -93,3 +95,14 @@ def test_a_batch_that_kills_every_worker_fails_alone(run, monkeypatch):
     assert len(training.done) == 6 and len(training.failed) == 2 and not training.retried
     assert training.failed[doomed] == "its worker died 2 times (WorkerCrashedError)"
     assert_whole(run.folder / "loras_training", set(training.done))
+
+
+@pytest.mark.slow
+def test_workers_train_on_a_folder_too(cached):  # noqa: F811
+    pytest.importorskip("ray")
+    lora = LoRAConfig(rank=2, steps=2, batch=1)
+    config = TrainingConfig("miniature", str(cached.run), data=cached.config, lora=lora)
+    run = Run(config, Console(file=io.StringIO(), width=200))
+    run.cache()
+    held_out, training = run.lora_dataset("local")
+    assert (held_out.done, training.done) == (("task 3",), ("task 0", "task 1", "task 2"))

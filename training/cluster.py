@@ -1,7 +1,7 @@
 """LoRAs on many machines: batches of tasks as Ray tasks, given to another worker where one dies.
 
-Every machine needs this package (`pip install .[train,cluster]`) and sees the run's folder under the same
-path: workers write the LoRA files, the driver alone writes the manifest.
+Every machine needs this package (`pip install .[train,cluster]`) and sees the run's folder and the base model
+under the same paths: workers write the LoRA files, the driver alone writes the manifest.
 """
 
 import functools
@@ -13,16 +13,15 @@ from pathlib import Path
 
 import torch
 
-from .config import DataConfig
 from .lora_dataset import Record
 from .lora_run import Batch, Trainer, recorded, train_batch
-from .miniature.tasks import MiniatureTasks
+from .over_base import OverBase
 
 RETRIES = 5  # of a batch whose worker dies
 
 
 @contextmanager
-def ray_workers(address: str, data: MiniatureTasks) -> Iterator[Trainer]:
+def ray_workers(address: str, data: OverBase) -> Iterator[Trainer]:
     """A trainer on the Ray cluster at `address`; "local" starts one here, a worker to each CPU core.
 
     Where the cluster has GPUs, a batch takes one of them, else one CPU core. Raises ValueError where Ray is
@@ -50,7 +49,7 @@ def ray_workers(address: str, data: MiniatureTasks) -> Iterator[Trainer]:
         most = 2 * (gpus or int(resources["CPU"]))  # a batch waits for each worker, and no more lie in memory
         while True:
             for batch in itertools.islice(batches, most - len(running)):
-                running[remote.remote(data.config, data.folder, batch)] = batch
+                running[remote.remote(data.base.resolve(), batch)] = batch
             if not running:
                 return
             (ready,), _ = ray.wait(list(running))
@@ -71,12 +70,12 @@ def ray_workers(address: str, data: MiniatureTasks) -> Iterator[Trainer]:
         ray.shutdown()
 
 
-def _train(config: DataConfig, folder: Path, batch: Batch) -> list[Record]:
-    return train_batch(*_base(config, folder), batch)
+def _train(base: Path, batch: Batch) -> list[Record]:
+    return train_batch(*_base(base), batch)
 
 
 @functools.cache  # once in the life of a worker
-def _base(config: DataConfig, folder: Path):
-    data = MiniatureTasks(config, folder)
+def _base(base: Path):
+    data = OverBase(base)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return data.load_model().to(device), data.weights.model.layers

@@ -71,8 +71,6 @@ class Run:
         """
         if ray and self.processes > 1:
             raise ValueError(f"--ray {ray}: Ray starts its own processes. Run this command without torchrun.")
-        if ray and self.config.data.folder:
-            raise ValueError(f"--ray {ray}: not for data.folder yet. Run this command without --ray.")
         if self.config.data.folder:
             self._import_loras()
         held_out = functools.partial(self.data.held_out_clips, self.config.data.clips_per_task, offset=2)

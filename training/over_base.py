@@ -18,7 +18,8 @@ from .backbones import load_transformer, use_folded_padding
 class OverBase:
     """The base model of the folder `base`."""
 
-    base: Path
+    def __init__(self, base: Path):
+        self.base = base
 
     def load_model(self) -> WanTransformer3DModel:
         """The frozen base model, taking text from `fold_padding`."""

@@ -82,7 +82,8 @@ class FolderTasks(OverBase):
     """
 
     def __init__(self, config: DataConfig, folder: Path, base: Path):
-        self.config, self.folder, self.base = config, folder, base
+        super().__init__(base)
+        self.config, self.folder = config, folder
         model = self.weights.model
         if not model.name.startswith("WAN2.1") or any(x.kind in WAN_IMAGE_KINDS for x in model.layers):
             raise ValueError(

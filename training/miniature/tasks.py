@@ -23,7 +23,8 @@ class MiniatureTasks(OverBase):
     """Everything the training stages ask for. `folder` holds the run's cached latents."""
 
     def __init__(self, config: DataConfig, folder: Path, base: Path = miniature.FOLDER):
-        self.config, self.folder, self.base = config, folder, base
+        super().__init__(base)
+        self.config, self.folder = config, folder
         self.training, self.held_out = world.split_actions(config.held_out_tasks, config.seed)
 
     @cached_property
