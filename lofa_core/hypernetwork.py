@@ -17,6 +17,7 @@ LoFA_v0, the published checkpoint, is the same network with other choices of `Hy
 released.py.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import ClassVar
@@ -32,7 +33,7 @@ from .trunk import Condition, Trunk, weight_patches
 
 
 @dataclass
-class Response:
+class Response(ABC):
     """Stage I for N layers under B conditions, as low-rank factors: A [B, N, r, in], B [B, N, out, r].
 
     `features` [B, N, tokens, width] are what Stage II attends to.
@@ -44,9 +45,9 @@ class Response:
     B: Tensor
     features: Tensor
 
+    @abstractmethod
     def probability(self, weights: Tensor, threshold: float = THRESHOLD) -> Tensor:
         """P(|dW| > threshold |W|) for weights [N, out, in]: [B, N, out, in] in float32 (section 3.2)."""
-        raise NotImplementedError
 
     def kept(self) -> "Response":
         """What `probability` needs of it for the first condition, in float32 on the CPU."""

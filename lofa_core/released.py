@@ -87,7 +87,6 @@ def load_released(
     """
     first, second = Path(stage1), Path(stage2)
     tensors: dict[str, Tensor] = {}
-    sizes: dict[str, dict[str, tuple[int, ...]]] = {}
     hypernetwork: Hypernetwork | None = None
     # Stage II first: it alone says which blocks attend to features. One file is open at a time.
     for stage, path in (("stage2", second), ("stage1", first)):
@@ -103,8 +102,7 @@ def load_released(
             for key, value in hypernetwork.own_state().items()
             if key.startswith(f"{stage}.")
         }
-        sizes[stage] = _published_shapes(expected)
-        _check_shapes(published, sizes[stage], path)
+        _check_shapes(published, _published_shapes(expected), path)
         for name, shape in expected.items():
             value = _take(published, name).reshape(shape)
             tensors[f"{stage}.{name}"] = value.to(dtype or value.dtype, copy=True)

@@ -13,6 +13,17 @@ def parts(**changes):
     return network(**changes), BaseWeights.from_tensors(base_tensors()), condition()
 
 
+def watched_base():
+    """(base weights, the keys that are read of them, in their order)."""
+    read, tensors = [], base_tensors()
+
+    def reader(key):
+        read.append(key)
+        return tensors[key]
+
+    return BaseWeights.from_tensors({key: value.shape for key, value in tensors.items()}, reader), read
+
+
 def same(a: Prediction, b: Prediction, tolerance=1e-5):
     return list(a.lora) == list(b.lora) and all(
         torch.allclose(
@@ -83,13 +94,7 @@ def test_stage_one_alone_gives_the_maps_that_prediction_gives():
 @pytest.mark.parametrize("run", [predict, predict_response])
 def test_cancelling_stops_before_the_next_weights_are_read(run):
     net, _, given = parts()
-    read, tensors = [], base_tensors()
-
-    def reader(key):
-        read.append(key)
-        return tensors[key]
-
-    base = BaseWeights.from_tensors({key: value.shape for key, value in tensors.items()}, reader)
+    base, read = watched_base()
     asked = []
 
     def check():
@@ -246,13 +251,8 @@ def test_the_text_is_projected_once_and_its_keys_and_values_once_a_block(monkeyp
 
 def test_each_weight_is_read_once_and_the_maps_read_theirs_when_they_are_asked_for():
     net, _, given = parts()
-    read, tensors = [], base_tensors()
-
-    def reader(key):
-        read.append(key)
-        return tensors[key]
-
-    base = BaseWeights.from_tensors({key: value.shape for key, value in tensors.items()}, reader)
+    base, read = watched_base()
+    tensors = base_tensors()
     found = predict(net, base, given)
     once = read[: len(tensors)]
     assert sorted(once) == sorted(tensors)

@@ -17,6 +17,7 @@ from lofa_core.base_models import BaseWeights
 from lofa_core.checkpoint import load_hypernetwork, save_hypernetwork
 from lofa_core.descriptions import ConditionDescription, HypernetworkConfig
 from lofa_core.hypernetwork import Hypernetwork
+from lofa_core.key_names import wan_to_diffusers
 from lofa_core.lora_files import load_lora
 from lofa_core.prediction import predict
 from lofa_core.released import RELEASED_DESIGN, load_released, published_state
@@ -85,6 +86,7 @@ def test_the_command_line_gives_the_published_delta_and_response(tmp_path, expec
     files = {
         "original": base,
         "comfyui": {f"model.diffusion_model.{key}": value for key, value in base.items()},
+        "diffusers": {wan_to_diffusers(key): value for key, value in base.items()},
     }
     for layout, tensors in files.items():
         save_file(tensors, tmp_path / f"{layout}.safetensors")

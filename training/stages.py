@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
@@ -123,7 +124,7 @@ class _Stage2(nn.Module):
         return self.stage2(patches, index, self.stage2.trunk.project(condition), features)
 
 
-class Diffusion:
+class Diffusion(ABC):
     """What every stage shares that is taught through the base model: the diffusion loss (eq. 7) of each
     task's clips under the predicted LoRA, and distillation.
 
@@ -196,9 +197,9 @@ class Diffusion:
             losses["distillation"] = (self.shown * (velocity - teacher).pow(2)).mean()
         return losses | self._on_factors(predicted, rows)
 
+    @abstractmethod
     def _on_factors(self, predicted: tuple[Tensor, Tensor], rows: Tensor) -> dict[str, Tensor]:
         """Losses on the predicted factors. rows [K]: the tasks' own LoRAs in `known`, -1 for none."""
-        raise NotImplementedError
 
     def _noised(self, actions: Sequence, draws: Sequence[np.random.Generator]) -> tuple[Tensor, ...]:
         """(x_t, the velocity of the clips, times, fine prompts) of `clips` clips of each task."""
