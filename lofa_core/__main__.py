@@ -12,17 +12,14 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from . import __version__, miniature
 from .base_models import BaseWeights
 from .checkpoint import load_hypernetwork, save_hypernetwork
-from .conditions.text import TextEncoder, check_prompt
 from .console import Parser, complain
-from .descriptions import ConditionDescription
 from .heatmap import render
-from .inspection import CONDITION_KEY, inspect
-from .lora_files import match, read_safetensors, save_lora, write_safetensors
+from .inspection import inspect
+from .lora_files import match, save_lora, write_safetensors
 from .prediction import Prediction, predict
 from .released import load_released
 
@@ -32,6 +29,8 @@ try:
     from rich.progress import Progress
     from rich.table import Table
     from rich.text import Text
+
+    from .command_conditions import add_arguments, input_files, read_conditions
 except ImportError as error:  # ComfyUI's Python has no rich
     sys.exit(f"error: the command line needs the package {error.name}: pip install rich pillow")
 
@@ -68,16 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         "--hypernetwork and --base, the miniature in this repository is used; it needs no download.",
         epilog=f'example: python -m lofa_core predict --prompt "{EXAMPLE}" --out lora.safetensors',
     )
-    wish = predict_.add_mutually_exclusive_group(required=True)
-    wish.add_argument(
-        "--prompt", metavar="TEXT", help="what the LoRA shall bring out (BASE has a text encoder)"
-    )
-    wish.add_argument(
-        "--condition",
-        type=Path,
-        metavar="COND",
-        help=f"the encoded text, one tensor {CONDITION_KEY} [1, S, d]",
-    )
+    add_arguments(predict_)
     predict_.add_argument("--out", type=Path, required=True, metavar="LORA", help="the .safetensors to write")
     predict_.add_argument("--hypernetwork", type=Path, metavar="H", help="a LoFA hypernetwork (.safetensors)")
     predict_.add_argument(
@@ -126,20 +116,20 @@ def _predict(options: argparse.Namespace) -> None:
     base_path = options.base or miniature.FOLDER
     _check_outputs(
         [(options.out, ".safetensors"), (options.response_out, ".safetensors"), (options.heatmap, ".png")],
-        [hypernetwork_file, base_path, options.condition],
+        [hypernetwork_file, base_path, *input_files(options)],
     )
     device = _device(options.device)
 
     hypernetwork = load_hypernetwork(hypernetwork_file, DTYPES[options.dtype])
     base = BaseWeights.open(base_path)
-    condition = _condition(options, hypernetwork.condition, base_path)
+    conditions = read_conditions(options, hypernetwork.conditions, base_path)
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(f"predicting {len(base.model.layers)} layers", total=None)
         prediction = predict(
             hypernetwork,
             base,
-            condition,
+            conditions,
             device=device,
             dtype=DTYPES[options.dtype],
             progress=lambda done, total: bar.update(task, completed=done, total=total),
@@ -219,37 +209,6 @@ def _inspect(options: argparse.Namespace) -> None:
     for name, words in description.facts:
         table.add_row(Text(name), Text(words))
     console.print(table)
-
-
-def _condition(options: argparse.Namespace, wanted: ConditionDescription, base: Path) -> Tensor:
-    """The condition [1, S, d] from --prompt or --condition, as wide as the hypernetwork takes it."""
-    if options.prompt is not None:
-        if wanted.kind != "text":
-            raise ValueError(f"This hypernetwork is conditioned on {wanted.kind}; --prompt gives text.")
-        check_prompt(options.prompt, wanted.words)
-        tensor, source = TextEncoder.open(base).encode(options.prompt), "the text encoder of " + str(base)
-        tensor = torch.nn.functional.pad(tensor, (0, 0, 0, max(0, wanted.padded_to - tensor.shape[1])))
-    else:
-        tensors, _ = read_safetensors(options.condition)
-        if list(tensors) != [CONDITION_KEY]:
-            raise ValueError(
-                f"{options.condition}: holds {', '.join(list(tensors)[:3]) or 'nothing'}; "
-                f"expected one tensor {CONDITION_KEY} [1, S, d]."
-            )
-        tensor, source = tensors[CONDITION_KEY], str(options.condition)
-    if tensor.ndim != 3 or tensor.shape[0] != 1 or not tensor.shape[1] or not tensor.is_floating_point():
-        raise ValueError(
-            f"{source}: {CONDITION_KEY} is {tensor.dtype} of shape {list(tensor.shape)}; "
-            "expected floating point numbers of shape [1, S, d]."
-        )
-    if tensor.shape[2] != wanted.width:
-        raise ValueError(
-            f"{source}: {tensor.shape[2]} numbers per token; this hypernetwork takes {wanted.width}. "
-            "Use the text encoder of the base model that the hypernetwork was trained for."
-        )
-    if not bool(torch.isfinite(tensor).all()):
-        raise ValueError(f"{source}: holds values that are not numbers. Encode the text again.")
-    return tensor
 
 
 def _check_outputs(outputs: Sequence[tuple[Path | None, str]], inputs: Sequence[Path | None]) -> None:

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,12 @@ WAN_SIZES = {
     (5120, 40, False): "WAN2.1-T2V-14B",
     (5120, 40, True): "WAN2.1-I2V-14B",
 }
-WAN_MINIATURE_WIDTH = 256  # no WAN that people work with is this narrow
+MINIATURE_WIDTH = 256  # no WAN and no SDXL that people work with is this narrow
 # Shape (out, in) -> number of SDXL's 560 target layers that have it.
 SDXL_SHAPES = {(640, 640): 60, (640, 2048): 20, (1280, 1280): 360, (1280, 2048): 120}
 FINGERPRINT_ROWS = 16
 
-_SDXL_DEPTH = {
-    block: depth
-    for depth, block in enumerate((place, n) for place, _, blocks in SDXL_PLACES for n in range(blocks))
-}
+_SDXL_BLOCKS = {place: blocks for place, _, blocks in SDXL_PLACES}
 
 
 @dataclass(frozen=True)
@@ -96,14 +93,9 @@ def describe(shapes: Mapping[str, Sequence[int]]) -> BaseModel:
 
 
 def _place(name: str) -> tuple[int, str]:
-    """(depth, kind) of a canonical name."""
-    if name.startswith("blocks."):
-        _, depth, kind = name.split(".", 2)
-        return int(depth), kind
-    place, rest = name.split(".transformer_blocks.")
-    index, kind = rest.split(".", 1)
-    # A block past SDXL's last one at this place is another network's; _describe_sdxl says so.
-    return _SDXL_DEPTH.get((place, int(index)), -1), kind
+    """(depth, kind) of a canonical name; SDXL's blocks are counted at each place for itself."""
+    depth, kind = name.rpartition("blocks.")[2].split(".", 1)
+    return int(depth), kind
 
 
 def _describe_wan(found: dict[str, TargetLayer]) -> BaseModel:
@@ -118,21 +110,36 @@ def _describe_wan(found: dict[str, TargetLayer]) -> BaseModel:
                 f"{layer.key} is {layer.shape[0]}x{layer.shape[1]}, but the target layers of this WAN2.1 are "
                 f"{width}x{width}. If the file packs quantised weights, give the bf16, fp16 or fp8 one."
             )
-    name = "WAN2.1 miniature" if width <= WAN_MINIATURE_WIDTH else f"WAN2.1 (dim {width}, {blocks} blocks)"
+    name = "WAN2.1 miniature" if width <= MINIATURE_WIDTH else f"WAN2.1 (dim {width}, {blocks} blocks)"
     return BaseModel(WAN_SIZES.get((width, blocks, image), name), layers)
 
 
 def _describe_sdxl(found: dict[str, TargetLayer]) -> BaseModel:
-    foreign = [layer for layer in found.values() if layer.depth < 0]
-    if foreign:
-        raise ValueError(
-            f"{foreign[0].key} is a layer of a UNet, but SDXL has none there. LoFA knows SDXL's UNet."
-        )
-    names = (f"{place}.transformer_blocks.{n}.{kind}" for place, n in _SDXL_DEPTH for kind in SDXL_TARGETS)
-    layers = _all_of(names, found, "SDXL")
+    """Narrow ones may have fewer blocks at a place than SDXL, one at least; depths count the blocks there
+    are.
+    """
+    there = dict.fromkeys(_SDXL_BLOCKS, 1)
+    for name, layer in found.items():
+        place, _, _ = name.partition(".transformer_blocks.")
+        if layer.depth >= _SDXL_BLOCKS[place]:
+            raise ValueError(
+                f"{layer.key} is a layer of a UNet, but SDXL has none there. LoFA knows SDXL's UNet."
+            )
+        there[place] = max(there[place], layer.depth + 1)
+    miniature = max(layer.shape[0] for layer in found.values()) <= MINIATURE_WIDTH and there != _SDXL_BLOCKS
+    places = [
+        (place, n) for place, count in (there if miniature else _SDXL_BLOCKS).items() for n in range(count)
+    ]
+    names = (f"{place}.transformer_blocks.{n}.{kind}" for place, n in places for kind in SDXL_TARGETS)
+    name = "SDXL miniature" if miniature else "SDXL"
+    layers = tuple(
+        replace(layer, depth=position // len(SDXL_TARGETS))
+        for position, layer in enumerate(_all_of(names, found, name))
+    )
     counts = Counter(layer.shape for layer in layers)
-    widths = ", ".join(str(width) for width in sorted({out for out, _ in counts}))
-    return BaseModel("SDXL" if counts == SDXL_SHAPES else f"SDXL (widths {widths})", layers)
+    if not miniature and counts != SDXL_SHAPES:
+        name += f" (widths {', '.join(str(width) for width in sorted({out for out, _ in counts}))})"
+    return BaseModel(name, layers)
 
 
 def _all_of(names: Iterable[str], found: dict[str, TargetLayer], base: str) -> tuple[TargetLayer, ...]:
@@ -255,6 +262,7 @@ def _files_of_folder(folder: Path) -> list[Path]:
         found = sorted(place.glob("*.safetensors.index.json")) or sorted(place.glob("*.safetensors"))
         if len(found) > 1:  # a folder may also hold a VAE, a text encoder, LoRAs
             found = [file for file in found if file.suffix == ".json" or _has_target_layers(file)]
+            found = [file for file in found if not _is_variant(file, found)]
         if len(found) == 1:
             return _files_of(found[0])
         if found:
@@ -263,6 +271,12 @@ def _files_of_folder(folder: Path) -> list[Path]:
     raise ValueError(
         f"{folder} holds no base model: no .safetensors in it, nor in transformer/ or unet/ under it."
     )
+
+
+def _is_variant(file: Path, files: Sequence[Path]) -> bool:
+    """Whether it is `x.fp16.safetensors` beside `x.safetensors`: the same model, rounded, as SDXL has it."""
+    name, _, variant = file.name.removesuffix(".safetensors").rpartition(".")
+    return variant in ("fp16", "bf16") and file.with_name(f"{name}.safetensors") in files
 
 
 def _files_of_index(index: Path) -> list[Path]:

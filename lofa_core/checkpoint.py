@@ -11,7 +11,7 @@ from .descriptions import BaseDescription, ConditionDescription, HypernetworkCon
 from .hypernetwork import Hypernetwork
 from .lora_files import each_tensor, write_safetensors
 
-FORMAT = "lofa.hypernetwork.1"
+FORMAT = "lofa.hypernetwork.2"
 
 
 def save_hypernetwork(
@@ -26,7 +26,7 @@ def save_hypernetwork(
             "fingerprint": base.fingerprint,
             "layers": [[layer.name, layer.depth, layer.kind, *layer.shape] for layer in base.layers],
         },
-        "condition": asdict(hypernetwork.condition),
+        "conditions": [asdict(condition) for condition in hypernetwork.conditions.values()],
     }
     tensors = {
         key: value.to(dtype) if dtype is not None and value.is_floating_point() else value
@@ -86,17 +86,20 @@ def describe_hypernetwork(path: Path) -> Hypernetwork:
     return hypernetwork
 
 
-def _descriptions(header: dict) -> tuple[HypernetworkConfig, BaseDescription, ConditionDescription]:
-    config = dict(header["config"])
-    config["feature_blocks"] = tuple(config["feature_blocks"])
+def _descriptions(
+    header: dict,
+) -> tuple[HypernetworkConfig, BaseDescription, tuple[ConditionDescription, ...]]:
     base = header["base"]
     layers = tuple(
         LayerDescription(name, depth, kind, (out, into)) for name, depth, kind, out, into in base["layers"]
     )
-    condition = dict(header["condition"])
-    condition["words"] = tuple(condition["words"])
     return (
-        HypernetworkConfig(**config),
+        HypernetworkConfig(**_with_tuples(header["config"], "feature_blocks", "grid")),
         BaseDescription(base["name"], layers, base["fingerprint"]),
-        ConditionDescription(**condition),
+        tuple(ConditionDescription(**_with_tuples(given, "words", "size")) for given in header["conditions"]),
     )
+
+
+def _with_tuples(values: dict, *names: str) -> dict:
+    """JSON has lists in their place."""
+    return values | {name: tuple(values[name]) for name in names}

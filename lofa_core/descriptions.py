@@ -6,17 +6,19 @@ from typing import Literal, get_args
 WeightInput = Literal["magnitude", "column_rms"]
 Modulation = Literal["film", "layer_scale"]
 Readout = Literal["local", "pooled"]
+Kind = Literal["text", "pose", "style", "identity"]
+KINDS: tuple[str, ...] = get_args(Kind)
+Shape = tuple[int, int]  # (out, in) of a target layer
 
 
 @dataclass(frozen=True)
 class HypernetworkConfig:
     """Sizes and design of both stages. The design's defaults are ours; released.py has LoFA_v0's."""
 
-    condition_width: int  # d of the condition tokens [S, d]
-    out_features: int  # every target layer is out_features x in_features
-    in_features: int
     rank: int
-    patch: int = 32  # side of a square patch of W
+    # Rows and columns of patches that every W is cut into, whatever its shape: each shape has patches of its
+    # own size.
+    grid: tuple[int, int] = (16, 16)
     width: int = 128
     heads: int = 4
     blocks: int = 3
@@ -42,15 +44,23 @@ class HypernetworkConfig:
         ):
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name} = {getattr(self, name)!r}: expected one of {get_args(kind)}")
-        for name in ("out_features", "in_features"):
-            if getattr(self, name) % self.patch:
-                raise ValueError(f"{name} = {getattr(self, name)} is not a multiple of patch = {self.patch}")
+        if len(self.grid) != 2 or min(self.grid) < 1:
+            raise ValueError(f"grid = {self.grid}: expected rows and columns of patches, such as (16, 16)")
         if self.width % self.heads:
             raise ValueError(f"width = {self.width} is not a multiple of heads = {self.heads}")
         if any(not 0 <= block < self.blocks for block in self.feature_blocks):
             raise ValueError(
                 f"feature_blocks = {self.feature_blocks} names a block outside 0..{self.blocks - 1}"
             )
+
+    def patch(self, shape: Shape) -> tuple[int, int]:
+        """Height and width of a patch of a W of this shape. ValueError where the grid does not divide it."""
+        if shape[0] % self.grid[0] or shape[1] % self.grid[1]:
+            raise ValueError(
+                f"a layer of {shape[0]}x{shape[1]} cannot be cut into {self.grid[0]}x{self.grid[1]} patches: "
+                "choose a grid that divides every target layer."
+            )
+        return shape[0] // self.grid[0], shape[1] // self.grid[1]
 
 
 @dataclass(frozen=True)
@@ -60,7 +70,7 @@ class LayerDescription:
     name: str
     depth: int
     kind: str
-    shape: tuple[int, int]
+    shape: Shape
 
 
 @dataclass(frozen=True)
@@ -71,16 +81,34 @@ class BaseDescription:
     layers: tuple[LayerDescription, ...]
     fingerprint: str = ""
 
+    def by_shape(self) -> dict[Shape, list[int]]:
+        """The shapes of the target layers, in order of appearance, and the places of the layers that have
+        each.
+        """
+        places: dict[Shape, list[int]] = {}
+        for place, layer in enumerate(self.layers):
+            places.setdefault(layer.shape, []).append(place)
+        return places
+
 
 @dataclass(frozen=True)
 class ConditionDescription:
-    """What the condition tokens are. `words` is the encoder's closed vocabulary; empty means any text.
+    """One kind of condition that a hypernetwork was trained with.
 
-    `padded_to`: rows of zeros were added up to this many tokens in training (0: as many as the prompt has).
+    text, style, identity: tokens [S, width] of the base's text encoder or of a CLIP image encoder; `words` is
+    the text encoder's closed vocabulary (empty: any text), `padded_to`: rows of zeros were added up to this
+    many tokens in training (0: none). pose: drawn skeletons of `size` (frames, height, width), `width` is 3.
     """
 
-    kind: str
+    kind: Kind
     width: int
     words: tuple[str, ...] = ()
     coarse_prompt: str = ""
     padded_to: int = 0
+    size: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"kind = {self.kind!r}: expected one of {', '.join(KINDS)}")
+        if (self.kind == "pose") != (len(self.size) == 3):
+            raise ValueError(f"size = {self.size} of a {self.kind} condition: pose has frames, height, width")

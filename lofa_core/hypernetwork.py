@@ -7,6 +7,9 @@ the paper, and why:
 
 * A and B are read from the tokens of their own columns and rows of W, not from one pooled vector: every part
   is local.
+* Several kinds of condition in one network: their tokens stand in one sequence, each kind with an embedding
+  and a strength of its own. Each shape of base weight has a patch embedding and heads of its own (SDXL has
+  four); all else is shared.
 * The condition and the layer together modulate every normalisation (FiLM): the strongest single gain at small
   scale.
 * Outputs are offsets from the mean LoRA of the training set, in units of its spread (see normalisation.py).
@@ -26,10 +29,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .descriptions import BaseDescription, ConditionDescription, HypernetworkConfig
+from .conditions import Conditions
+from .descriptions import BaseDescription, ConditionDescription, HypernetworkConfig, Shape
 from .normalisation import TargetStatistics
 from .response_map import THRESHOLD
-from .trunk import Condition, Trunk, weight_patches
+from .trunk import Condition, Layers, Trunk, shape_key, weight_patches
+
+StatisticsByShape = Mapping[str, TargetStatistics] | None  # by `shape_key`; None: A and B as they are
 
 
 @dataclass
@@ -106,31 +112,53 @@ class LocalHeads(nn.Module):
     start at zero.
     """
 
-    def __init__(self, config: HypernetworkConfig, statistics: TargetStatistics):
+    def __init__(self, config: HypernetworkConfig, shape: Shape, statistics: TargetStatistics):
         super().__init__()
         self.statistics, self.rank = statistics, config.rank
-        self.to_B = nn.Linear(config.width, config.patch * config.rank)
-        self.to_A = nn.Linear(config.width, config.patch * config.rank)
-        for head in (self.to_A, self.to_B):
-            nn.init.zeros_(head.weight)
-            nn.init.zeros_(head.bias)
+        high, wide = config.patch(shape)
+        self.to_B = nn.Linear(config.width, high * config.rank)
+        self.to_A = nn.Linear(config.width, wide * config.rank)
+        _start_at_zero(self.to_A, self.to_B)
 
-    def forward(self, rows: Tensor, columns: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """(A, B) for the layers `index` [N]."""
+    def forward(self, rows: Tensor, columns: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+        """(A, B) for the layers `row` [N] of this shape."""
         B = self.to_B(rows).unflatten(-1, (-1, self.rank)).flatten(-3, -2)
         A = self.to_A(columns).unflatten(-1, (-1, self.rank)).flatten(-3, -2).transpose(-1, -2)
-        return self.statistics.denormalise(A, B, index)
+        return self.statistics.denormalise(A, B, row)
+
+
+class DeviationHeads(nn.Module):
+    """Tokens of rows and columns -> log deviations of dW's rows [B, N, out] and columns [B, N, in], as
+    offsets from the training set's; start at zero.
+    """
+
+    def __init__(self, config: HypernetworkConfig, shape: Shape, statistics: TargetStatistics):
+        super().__init__()
+        # In a list: the statistics are the factor heads' to hold.
+        self._statistics = [statistics]
+        high, wide = config.patch(shape)
+        self.rows, self.columns = nn.Linear(config.width, high), nn.Linear(config.width, wide)
+        _start_at_zero(self.rows, self.columns)
+
+    def forward(self, rows: Tensor, columns: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+        typical = self._statistics[0].delta_log_deviation[row].unsqueeze(-1)
+        return self.rows(rows).flatten(-2) + typical, self.columns(columns).flatten(-2)
+
+
+def _start_at_zero(*heads: nn.Linear) -> None:
+    for head in heads:
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
 
 
 class PooledHeads(nn.Module):
     """One token a layer -> A [B, N, r, in], B [B, N, out, r], and for Stage II alpha [B, N] (LoFA_v0)."""
 
-    def __init__(self, config: HypernetworkConfig, with_alpha: bool):
+    def __init__(self, config: HypernetworkConfig, shape: Shape, with_alpha: bool):
         super().__init__()
-        self.shape_A = (config.rank, config.in_features)
-        self.shape_B = (config.out_features, config.rank)
-        self.to_A = nn.Linear(config.width, config.rank * config.in_features)
-        self.to_B = nn.Linear(config.width, config.out_features * config.rank)
+        self.shape_A, self.shape_B = (config.rank, shape[1]), (shape[0], config.rank)
+        self.to_A = nn.Linear(config.width, config.rank * shape[1])
+        self.to_B = nn.Linear(config.width, shape[0] * config.rank)
         self.to_alpha = nn.Linear(config.width, 1) if with_alpha else None
 
     def forward(self, token: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,48 +172,65 @@ class PooledHeads(nn.Module):
         return F.softplus(self.to_alpha(token).float()).squeeze(-1)
 
 
+def _heads(
+    config: HypernetworkConfig, base: BaseDescription, statistics: StatisticsByShape, with_alpha: bool
+) -> nn.ModuleDict:
+    """The heads of each shape of layers."""
+    return nn.ModuleDict(
+        {
+            shape_key(shape): PooledHeads(config, shape, with_alpha)
+            if statistics is None
+            else LocalHeads(config, shape, statistics[shape_key(shape)])
+            for shape in base.by_shape()
+        }
+    )
+
+
 class ResponsePredictor(nn.Module):
     """Stage I (eq. 3): base weights and condition -> where, and how strongly, a LoRA would act."""
 
     def __init__(
-        self, config: HypernetworkConfig, base: BaseDescription, statistics: TargetStatistics | None
+        self,
+        config: HypernetworkConfig,
+        base: BaseDescription,
+        conditions: tuple[ConditionDescription, ...],
+        statistics: StatisticsByShape,
     ):
         super().__init__()
-        self.trunk = Trunk(config, base.layers, with_features=False)
-        self.heads = (
-            PooledHeads(config, with_alpha=False) if statistics is None else LocalHeads(config, statistics)
-        )
+        self.trunk = Trunk(config, base, conditions, with_features=False)
+        self.heads = _heads(config, base, statistics, with_alpha=False)
+        self.deviations = nn.ModuleDict()
         if statistics is not None:
-            self.row_deviation = nn.Linear(config.width, config.patch)
-            self.column_deviation = nn.Linear(config.width, config.patch)
-            for head in (self.row_deviation, self.column_deviation):
-                nn.init.zeros_(head.weight)
-                nn.init.zeros_(head.bias)
+            for shape in base.by_shape():
+                key = shape_key(shape)
+                self.deviations[key] = DeviationHeads(config, shape, statistics[key])
 
-    def forward(self, patches: Tensor, index: Tensor, condition: Condition) -> Response:
-        """Patches of the layers `index` [N], B projected conditions -> Response."""
-        features = self.trunk(patches, index, condition, None)
-        if isinstance(self.heads, PooledHeads):
-            A, B = self.heads(self.trunk.pooled(features))
+    def forward(self, layers: Layers, condition: Condition) -> Response:
+        """N layers of one shape, B projected conditions -> Response."""
+        features = self.trunk(layers, condition, None)
+        heads = self.heads[shape_key(layers.shape)]
+        if isinstance(heads, PooledHeads):
+            A, B = heads(self.trunk.pooled(features))
             return ScoreResponse(A, B, features)
         rows, columns = self.trunk.by_row_and_column(features)
-        A, B = self.heads(rows, columns, index)
-        row_deviation = self.row_deviation(rows).flatten(-2)
-        row_deviation = row_deviation + self.heads.statistics.delta_log_deviation[index].unsqueeze(-1)
-        return GaussianResponse(A, B, features, row_deviation, self.column_deviation(columns).flatten(-2))
+        A, B = heads(rows, columns, layers.row)
+        deviations = self.deviations[shape_key(layers.shape)](rows, columns, layers.row)
+        return GaussianResponse(A, B, features, *deviations)
 
 
 class LoRAPredictor(nn.Module):
     """Stage II (eq. 5): base weights, condition and Stage I's features -> A and B."""
 
     def __init__(
-        self, config: HypernetworkConfig, base: BaseDescription, statistics: TargetStatistics | None
+        self,
+        config: HypernetworkConfig,
+        base: BaseDescription,
+        conditions: tuple[ConditionDescription, ...],
+        statistics: StatisticsByShape,
     ):
         super().__init__()
-        self.trunk = Trunk(config, base.layers, with_features=True)
-        self.heads = (
-            PooledHeads(config, with_alpha=True) if statistics is None else LocalHeads(config, statistics)
-        )
+        self.trunk = Trunk(config, base, conditions, with_features=True)
+        self.heads = _heads(config, base, statistics, with_alpha=True)
 
     def start_from(self, stage1: ResponsePredictor) -> None:
         """Copy Stage I's trunk and factor heads (section 3.3); attention to features starts as no
@@ -195,42 +240,60 @@ class LoRAPredictor(nn.Module):
         self.heads.load_state_dict(stage1.heads.state_dict(), strict=False)
         self.trunk.silence_features()
 
-    def forward(
-        self, patches: Tensor, index: Tensor, condition: Condition, features: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, layers: Layers, condition: Condition, features: Tensor) -> tuple[Tensor, Tensor]:
         """(A [B, N, r, in], B [B, N, out, r]); dW = B A, an alpha of its own is multiplied into B."""
-        tokens = self.trunk(patches, index, condition, features)
-        if isinstance(self.heads, PooledHeads):
+        tokens, heads = self.trunk(layers, condition, features), self.heads[shape_key(layers.shape)]
+        if isinstance(heads, PooledHeads):
             token = self.trunk.pooled(tokens)
-            A, B = self.heads(token)
-            return A, B.float() * self.heads.alpha(token)[..., None, None]
-        return self.heads(*self.trunk.by_row_and_column(tokens), index)
+            A, B = heads(token)
+            return A, B.float() * heads.alpha(token)[..., None, None]
+        return heads(*self.trunk.by_row_and_column(tokens), layers.row)
 
 
 class Hypernetwork(nn.Module):
     """Stage I and Stage II with what they were trained for (eq. 2: f(C, W) -> dW).
 
-    `statistics` is None with the pooled readout, which predicts A and B as they are.
+    `conditions`: the kinds it knows, each described. `statistics`: those of each shape of layers; None with
+    the pooled readout, which predicts A and B as they are.
     """
 
-    def __init__(self, config: HypernetworkConfig, base: BaseDescription, condition: ConditionDescription):
+    row_of: Tensor  # int64 [L]: a layer's place among those of its shape
+
+    def __init__(
+        self,
+        config: HypernetworkConfig,
+        base: BaseDescription,
+        conditions: tuple[ConditionDescription, ...],
+    ):
         super().__init__()
-        self.config, self.base, self.condition = config, base, condition
-        self.statistics = (
-            TargetStatistics(len(base.layers), config.rank, config.out_features, config.in_features)
-            if config.readout == "local"
-            else None
-        )
-        self.stage1 = ResponsePredictor(config, base, self.statistics)
-        self.stage2 = LoRAPredictor(config, base, self.statistics)
+        self.config, self.base = config, base
+        self.conditions: dict[str, ConditionDescription] = {known.kind: known for known in conditions}
+        groups = base.by_shape()
+        with torch.device("cpu"):  # as in Trunk
+            row_of = torch.zeros(len(base.layers), dtype=torch.long)
+            for places in groups.values():
+                row_of[places] = torch.arange(len(places))
+        self.register_buffer("row_of", row_of, persistent=False)
+        statistics = None
+        if config.readout == "local":
+            statistics = {
+                shape_key(shape): TargetStatistics(len(places), config.rank, *shape)
+                for shape, places in groups.items()
+            }
+        self.statistics = None if statistics is None else nn.ModuleDict(statistics)
+        self.stage1 = ResponsePredictor(config, base, conditions, statistics)
+        self.stage2 = LoRAPredictor(config, base, conditions, statistics)
 
     @classmethod
     def unfilled(
-        cls, config: HypernetworkConfig, base: BaseDescription, condition: ConditionDescription
+        cls,
+        config: HypernetworkConfig,
+        base: BaseDescription,
+        conditions: tuple[ConditionDescription, ...],
     ) -> "Hypernetwork":
         """The network without memory for its weights, to be `filled`."""
         with torch.device("meta"):
-            return cls(config, base, condition)
+            return cls(config, base, conditions)
 
     def filled(self, tensors: Mapping[str, Tensor]) -> "Hypernetwork":
         """This network for prediction, holding these very tensors, by the names of `state_dict()`."""
@@ -239,17 +302,34 @@ class Hypernetwork(nn.Module):
 
     def own_state(self) -> dict[str, Tensor]:
         """`state_dict()` with the statistics, one module under three names, by the first of them alone."""
-        return {key: value for key, value in self.state_dict().items() if ".heads.statistics." not in key}
+        return {
+            key: value
+            for key, value in self.state_dict().items()
+            if ".heads." not in key or ".statistics." not in key
+        }
+
+    @property
+    def coarse_prompt(self) -> str:
+        """What all tasks of its training had in common; empty where it is not recorded."""
+        return next((known.coarse_prompt for known in self.conditions.values() if known.coarse_prompt), "")
 
     def patches(self, weights: Tensor) -> Tensor:
         """Weights [N, out, in] as both stages look at them: [N, patches, numbers] in the network's dtype."""
-        return weight_patches(weights, self.config).to(self.stage1.trunk.patch_embed.weight.dtype)
+        return weight_patches(weights, self.config).to(self.stage1.trunk.row_position.dtype)
 
-    def forward(self, weights: Tensor, index: Tensor, condition: Tensor) -> tuple[Tensor, Tensor, Response]:
-        """Weights [N, out, in] of the layers `index` [N], condition tokens [B, S, d] -> (A, B, Stage I's
-        response).
-        """
-        patches = self.patches(weights)
-        response = self.stage1(patches, index, self.stage1.trunk.project(condition))
-        A, B = self.stage2(patches, index, self.stage2.trunk.project(condition), response.features)
+    def layers(self, shape: Shape, index: Tensor, patches: Tensor) -> Layers:
+        """The layers `index` [N], all of one shape, with their `patches`."""
+        return Layers(shape, index, self.row_of[index], patches)
+
+    def look_at(self, weights: Tensor, index: Tensor) -> Layers:
+        """The layers `index` [N] with weights [N, out, in]."""
+        return self.layers((weights.shape[1], weights.shape[2]), index, self.patches(weights))
+
+    def forward(
+        self, weights: Tensor, index: Tensor, conditions: Conditions
+    ) -> tuple[Tensor, Tensor, Response]:
+        """Weights [N, out, in] of the layers `index` [N], B conditions -> (A, B, Stage I's response)."""
+        layers = self.look_at(weights, index)
+        response = self.stage1(layers, self.stage1.trunk.project(conditions))
+        A, B = self.stage2(layers, self.stage2.trunk.project(conditions), response.features)
         return A, B, response

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .base_models import BaseWeights, TargetLayer, describe, open_safetensors
 from .checkpoint import FORMAT, describe_hypernetwork
-from .descriptions import LayerDescription
+from .descriptions import ConditionDescription, LayerDescription
 from .key_names import LAYOUTS, canonical_name, default_layout, layout_name
 from .lora import LoRA
 from .lora_files import load_lora
@@ -120,8 +120,7 @@ def _hypernetwork(path: Path, metadata: dict[str, str]) -> Description:
     hypernetwork = describe_hypernetwork(path)
     with open_safetensors(path) as handle:  # as stored: in memory it is float32
         dtypes = _dtypes(handle.get_tensor(key) for key in handle.keys())
-    base, condition = hypernetwork.base, hypernetwork.condition
-    words = f"a closed vocabulary of {len(condition.words)} words" if condition.words else "any words"
+    base = hypernetwork.base
     shapes = Counter(tuple(layer.shape) for layer in base.layers)
     return Description(
         f"a hypernetwork: it predicts LoRAs for {base.name}",
@@ -129,8 +128,8 @@ def _hypernetwork(path: Path, metadata: dict[str, str]) -> Description:
             ("target layers", _shapes(shapes)),
             ("blocks", _blocks(base.layers)),
             ("rank", f"{hypernetwork.config.rank}"),
-            ("condition", f"{condition.kind}, {condition.width} numbers per token; {words}"),
-            ("coarse prompt", condition.coarse_prompt or "none"),
+            *(("condition", _condition_words(known)) for known in hypernetwork.conditions.values()),
+            ("coarse prompt", hypernetwork.coarse_prompt or "none"),
             ("parameters", f"{sum(p.numel() for p in hypernetwork.parameters()):,}"),
             ("dtype", dtypes),
             ("layout", "LoFA's own, both stages in one file"),
@@ -138,6 +137,20 @@ def _hypernetwork(path: Path, metadata: dict[str, str]) -> Description:
             *((name, metadata[name]) for name in ("notes",) if name in metadata),
         ),
     )
+
+
+def _condition_words(known: ConditionDescription) -> str:
+    match known.kind:
+        case "text":
+            words = f"a closed vocabulary of {len(known.words)} words" if known.words else "any words"
+            return f"text, {known.width} numbers per token; {words}"
+        case "pose":
+            frames, height, width = known.size
+            return f"pose, skeletons drawn in {frames} frames of {width}x{height}"
+        case _:
+            return (
+                f"{known.kind}, pictures as a CLIP image encoder's states of {known.width} numbers per token"
+            )
 
 
 def _released_stage(path: Path) -> Description:
@@ -149,7 +162,7 @@ def _released_stage(path: Path) -> Description:
             "Check that it is the file you meant."
         )
     try:
-        config, base, condition = describe_released(published)
+        config, base, (condition,) = describe_released(published)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     number, other = ("I", "stage2") if stage == "stage1" else ("II", "stage1")
@@ -159,7 +172,7 @@ def _released_stage(path: Path) -> Description:
             ("target layers", _shapes(Counter(layer.shape for layer in base.layers))),
             ("blocks", _blocks(base.layers)),
             ("rank", f"{config.rank}"),
-            ("condition", f"{condition.kind}, {condition.width} numbers per token; any words"),
+            ("condition", _condition_words(condition)),
             ("parameters", f"{sum(tensor.numel() for tensor in published.values()):,}"),
             ("dtype", _dtypes(published.values())),
             ("layout", f"the published one; `python -m lofa_core convert` joins it with its {other} file"),

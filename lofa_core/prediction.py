@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from .base_models import BaseWeights, TargetLayer
+from .conditions import Conditions
 from .hypernetwork import Hypernetwork, Response
 from .lora import LoRA, LoRALayer
+from .trunk import Layers
 
 Progress = Callable[[int, int], None]  # (layers done, layers in all)
-Batch = Callable[[Tensor, Tensor, list[TargetLayer]], None]  # (patches, index [N], layers)
+Batch = Callable[[Layers, list[TargetLayer]], None]
 log = logging.getLogger(__name__)
 
 # Tokens in one batch: enough to keep the processor busy, few enough that activations stay small.
@@ -67,8 +69,7 @@ def fitting_layers(hypernetwork: Hypernetwork, base: BaseWeights) -> list[Target
     if any(shapes.get(layer.name) != tuple(layer.shape) for layer in wanted.layers) or len(found) != len(
         wanted.layers
     ):
-        kinds = {tuple(layer.shape) for layer in wanted.layers}
-        size = " and ".join(f"{out}x{into}" for out, into in sorted(kinds))
+        size = " and ".join(f"{out}x{into}" for out, into in sorted(wanted.by_shape()))
         raise ValueError(
             f"This hypernetwork predicts LoRAs for {wanted.name} ({len(wanted.layers)} layers of {size}); "
             f"the model given is {base.model.name} ({base.model.summary()}). "
@@ -81,7 +82,7 @@ def fitting_layers(hypernetwork: Hypernetwork, base: BaseWeights) -> list[Target
 def predict(
     hypernetwork: Hypernetwork,
     base: BaseWeights,
-    condition: Tensor,
+    conditions: Conditions,
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -89,7 +90,7 @@ def predict(
     progress: Progress | None = None,
     check_cancelled: Callable[[], None] | None = None,
 ) -> Prediction:
-    """Predict the LoRA for one condition [1, S, d] (LoFA eq. 2); rows of zeros after its end are padding.
+    """Predict the LoRA for the conditions of one task (LoFA eq. 2), of any of the kinds the network knows.
 
     Runs on `device` in `dtype`, `batch_size` layers at a time (None: what the device does best), and reports
     after each batch. A batch that does not fit into memory is halved and done again; MemoryError where one
@@ -97,36 +98,37 @@ def predict(
     then.
     """
     started = time.perf_counter()
-    network, given = _ready(hypernetwork, condition, device, dtype)
+    network, given = _ready(hypernetwork, conditions, device, dtype)
     projected = network.stage1.trunk.project(given), network.stage2.trunk.project(given)
-    layers: dict[str, LoRALayer] = {}
+    found: dict[str, LoRALayer] = {}
     responses = ResponseMaps(base)
 
-    def batch(patches: Tensor, index: Tensor, chosen: list[TargetLayer]) -> None:
-        response = network.stage1(patches, index, projected[0])
-        A, B = network.stage2(patches, index, projected[1], response.features)
+    def batch(layers: Layers, chosen: list[TargetLayer]) -> None:
+        response = network.stage1(layers, projected[0])
+        A, B = network.stage2(layers, projected[1], response.features)
         responses.add(response, chosen)
         A, B = A[0].cpu().float(), B[0].cpu().float()
         for row, layer in enumerate(chosen):
-            layers[layer.name] = LoRALayer(A[row], B[row], float(network.config.rank))
+            found[layer.name] = LoRALayer(A[row], B[row], float(network.config.rank))
 
     _in_batches(network, base, device, batch_size, batch, progress, check_cancelled)
+    in_order = {layer.name: found[layer.name] for layer in hypernetwork.base.layers}
     fingerprint, known = base.fingerprint(), hypernetwork.base.fingerprint
     metadata = {
-        "lofa_condition": hypernetwork.condition.kind,
+        "lofa_condition": " + ".join(conditions),
         "lofa_base": hypernetwork.base.name,
         "lofa_base_fingerprint": fingerprint,
     }
     if known and fingerprint != known:
         metadata["lofa_note"] = "predicted for other weights than the hypernetwork was trained with"
-    return Prediction(LoRA(layers, metadata), responses, time.perf_counter() - started)
+    return Prediction(LoRA(in_order, metadata), responses, time.perf_counter() - started)
 
 
 @torch.no_grad()
 def predict_response(
     hypernetwork: Hypernetwork,
     base: BaseWeights,
-    condition: Tensor,
+    conditions: Conditions,
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -135,35 +137,56 @@ def predict_response(
     check_cancelled: Callable[[], None] | None = None,
 ) -> ResponseMaps:
     """Stage I alone. Arguments as of `predict`."""
-    network, given = _ready(hypernetwork, condition, device, dtype)
+    network, given = _ready(hypernetwork, conditions, device, dtype)
     projected = network.stage1.trunk.project(given)
     responses = ResponseMaps(base)
 
-    def batch(patches: Tensor, index: Tensor, chosen: list[TargetLayer]) -> None:
-        responses.add(network.stage1(patches, index, projected), chosen)
+    def batch(layers: Layers, chosen: list[TargetLayer]) -> None:
+        responses.add(network.stage1(layers, projected), chosen)
 
     _in_batches(network, base, device, batch_size, batch, progress, check_cancelled)
     return responses
 
 
 def _ready(
-    hypernetwork: Hypernetwork, condition: Tensor, device: torch.device | str, dtype: torch.dtype
-) -> tuple[Hypernetwork, Tensor]:
-    """(the network on `device` in `dtype`, the condition likewise); a copy, so that the caller's network
+    hypernetwork: Hypernetwork, conditions: Conditions, device: torch.device | str, dtype: torch.dtype
+) -> tuple[Hypernetwork, Conditions]:
+    """(the network on `device` in `dtype`, the conditions likewise); a copy, so that the caller's network
     stays where and as exact as it is.
     """
-    if condition.ndim != 3 or len(condition) != 1 or condition.shape[2] != hypernetwork.condition.width:
-        raise ValueError(
-            f"The condition is {list(condition.shape)}; this hypernetwork expects [1, tokens, "
-            f"{hypernetwork.condition.width}] ({hypernetwork.condition.kind}). "
-            "Encode it with the encoder it was trained with."
-        )
+    check_conditions(hypernetwork, conditions)
     held, wanted = next(hypernetwork.parameters()), torch.empty(0, device=device, dtype=dtype)
     if held.dtype != dtype or held.device != wanted.device:
-        copied = Hypernetwork.unfilled(hypernetwork.config, hypernetwork.base, hypernetwork.condition)
+        copied = Hypernetwork.unfilled(
+            hypernetwork.config, hypernetwork.base, tuple(hypernetwork.conditions.values())
+        )
         tensors = {key: tensor.to(wanted) for key, tensor in hypernetwork.own_state().items()}
         hypernetwork = copied.filled(tensors).to(device)
-    return hypernetwork, condition.to(wanted)
+    return hypernetwork, {kind: given.to(wanted) for kind, given in conditions.items()}
+
+
+def check_conditions(hypernetwork: Hypernetwork, conditions: Conditions) -> None:
+    """ValueError where the conditions of one task are not such as the hypernetwork knows."""
+    known = hypernetwork.conditions
+    for kind, given in conditions.items():
+        if kind not in known:
+            raise ValueError(
+                f"This hypernetwork is conditioned on {' and '.join(known)}, not on {kind}. Load one "
+                f"that knows {kind}, or encode another kind of condition."
+            )
+        shape, wanted = list(given.values.shape), known[kind]
+        expected: list[int | str]
+        if kind == "pose":
+            expected = [1, wanted.width, *wanted.size]
+            fits = shape == expected
+        else:
+            expected = [1, "tokens", wanted.width]
+            fits = len(shape) == 3 and (shape[0], shape[2]) == (1, wanted.width)
+        if not fits:
+            raise ValueError(
+                f"The {kind} condition is {shape}; this hypernetwork expects "
+                f"[{', '.join(map(str, expected))}]. Encode it with the encoder it was trained with."
+            )
 
 
 def _in_batches(
@@ -175,16 +198,18 @@ def _in_batches(
     progress: Progress | None,
     check_cancelled: Callable[[], None] | None,
 ) -> None:
-    """Call `batch` with (patches, index [N], layers) of one batch after another until all layers are done."""
+    """Call `batch` with one batch of layers of one shape after another, until all layers are done."""
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size = {batch_size}: expected at least 1 layer, or None.")
     layers = fitting_layers(hypernetwork, base)
-    size, done = batch_size or default_batch_size(hypernetwork, device), 0
-    while done < len(layers):
+    size = batch_size or default_batch_size(hypernetwork, device)
+    left, done = list(hypernetwork.base.by_shape().values()), 0
+    while left:
         if check_cancelled is not None:
             check_cancelled()
-        chosen = layers[done : done + size]
-        if _fits(batch, hypernetwork, base, chosen, done, device):
+        chosen = left[0][:size]
+        if _fits(batch, hypernetwork, base, layers, chosen, device):
+            left = [left[0][size:], *left[1:]] if len(left[0]) > size else left[1:]
             done += len(chosen)
             if progress is not None:
                 progress(done, len(layers))
@@ -212,18 +237,21 @@ def _fits(
     batch: Batch,
     hypernetwork: Hypernetwork,
     base: BaseWeights,
-    chosen: list[TargetLayer],
-    start: int,
+    layers: list[TargetLayer],
+    places: list[int],
     device: torch.device | str,
 ) -> bool:
-    """Do one batch; False where memory ran out. Here, so that nothing of the failed batch stays alive."""
+    """Do one batch, the layers at these places; False where memory ran out. Here, so that nothing of the
+    failed batch stays alive.
+    """
+    chosen = [layers[place] for place in places]
     try:
         read = (base.read(layer).to(device).float() for layer in chosen)
         if torch.device(device).type == "cpu":  # one by one stays in the caches
             patches = torch.cat([hypernetwork.patches(weight.unsqueeze(0)) for weight in read])
         else:
             patches = hypernetwork.patches(torch.stack(list(read)))
-        batch(patches, torch.arange(start, start + len(chosen), device=device), chosen)
+        batch(hypernetwork.layers(chosen[0].shape, torch.tensor(places, device=device), patches), chosen)
     except (RuntimeError, MemoryError) as error:
         if not _out_of_memory(error):
             raise

@@ -29,14 +29,16 @@ PROMPT_TOKENS = 512  # what the published model was trained to read, padded with
 # Our names in a stage -> the published ones. A name stands for its .weight and .bias too.
 _OUTSIDE_BLOCKS = {
     "trunk.cls_token": "cls_token",
-    "trunk.patch_embed": "patch_embed.proj",
     "trunk.patch_norm": "patch_embed.norm",
     "trunk.row_position": "pos.row",
     "trunk.column_position": "pos.col",
     "trunk.depth_embedding": "depth_embed",
     "trunk.kind_embedding": "type_embed",
-    "trunk.condition_proj": "text_proj",
+    "trunk.condition_proj.text": "text_proj",
     "trunk.norm": "norm",
+}
+_OF_THE_SHAPE = {  # ours name the one shape of all layers: "heads.1536x1536.to_A"
+    "trunk.patch_embed": "patch_embed.proj",
     "heads.to_A": "head_A",
     "heads.to_B": "head_B",
     "heads.to_alpha": "head_alpha",
@@ -188,7 +190,7 @@ def _check_stage(published: Mapping[str, Tensor], stage: str, path: Path) -> Non
 
 def describe_released(
     stage2: Mapping[str, Tensor],
-) -> tuple[HypernetworkConfig, BaseDescription, ConditionDescription]:
+) -> tuple[HypernetworkConfig, BaseDescription, tuple[ConditionDescription, ...]]:
     """Every size of the published model, from the shapes of its Stage II.
 
     Raises ValueError where they contradict each other or belong to another base than WAN2.1.
@@ -218,11 +220,8 @@ def describe_released(
         for prefix in ("blocks", "cross_attn_blocks")
     }
     config = HypernetworkConfig(
-        condition_width=shape["text_proj.weight"][1],
-        out_features=out_features,
-        in_features=in_features,
         rank=rank,
-        patch=patch,
+        grid=(shape["pos.row"][1], shape["pos.col"][2]),
         width=width,
         heads=width // shape["blocks.0.self_attn.q_norm.weight"][0],
         blocks=1 + max(numbers["blocks"]),
@@ -237,8 +236,8 @@ def describe_released(
         for kind in WAN_KINDS
     )
     base = describe({f"{layer.name}.weight": layer.shape for layer in layers})
-    condition = ConditionDescription("text", config.condition_width, padded_to=PROMPT_TOKENS)
-    return config, BaseDescription(base.name, layers), condition
+    condition = ConditionDescription("text", shape["text_proj.weight"][1], padded_to=PROMPT_TOKENS)
+    return config, BaseDescription(base.name, layers), (condition,)
 
 
 def _published_name(name: str) -> str:
@@ -252,7 +251,8 @@ def _published_name(name: str) -> str:
         if part in _IN_FEATURE_BLOCK:
             return f"cross_attn_blocks.{number}.{_IN_FEATURE_BLOCK[part]}{suffix}"
         return f"blocks.{number}.{_IN_BLOCK[part]}{suffix}"
-    return _OUTSIDE_BLOCKS[module] + suffix
+    own = re.sub(r"\.\d+x\d+(?=\.|$)", "", module)
+    return (_OUTSIDE_BLOCKS | _OF_THE_SHAPE)[own] + suffix
 
 
 def _published_shapes(own: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

@@ -5,12 +5,26 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .descriptions import HypernetworkConfig, LayerDescription
+from .blocks import Block, KeysValues
+from .conditions import Conditions
+from .conditions.encoders import make_encoder
+from .descriptions import BaseDescription, ConditionDescription, HypernetworkConfig, Shape
 
-KeysValues = tuple[Tensor, Tensor]  # [M, heads, S, head width] each
+
+@dataclass
+class Layers:
+    """N target layers of one shape, as a network looks at them.
+
+    index [N]: their places among all target layers; row [N]: among those of their shape. patches [N, T,
+    numbers]: `weight_patches`.
+    """
+
+    shape: Shape
+    index: Tensor
+    row: Tensor
+    patches: Tensor
 
 
 @dataclass
@@ -26,113 +40,8 @@ class Condition:
     summary: Tensor | None
 
 
-class Attention(nn.Module):
-    """Multi-head attention with normalised queries and keys."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.q, self.kv = nn.Linear(width, width), nn.Linear(width, 2 * width)
-        self.q_norm, self.k_norm = nn.LayerNorm(width // heads), nn.LayerNorm(width // heads)
-        self.proj = nn.Linear(width, width)
-
-    def keys_values(self, context: Tensor) -> KeysValues:
-        """What [M, S, d] is attended to by; the same context serves any number of `forward`s."""
-        # Two products instead of one: their outputs are contiguous, so that the norm needs no copy.
-        (k, v), (k_bias, v_bias) = self.kv.weight.chunk(2), self.kv.bias.chunk(2)
-        keys = self.k_norm(self._split(F.linear(context, k, k_bias)))
-        return keys.transpose(1, 2), self._split(F.linear(context, v, v_bias)).transpose(1, 2)
-
-    def forward(self, x: Tensor, keys_values: KeysValues, bias: Tensor | None = None) -> Tensor:
-        """x [M, T, d]; bias [M, 1, 1, S] is added to the scores."""
-        q = self.q_norm(self._split(self.q(x))).transpose(1, 2)
-        y = F.scaled_dot_product_attention(q, *keys_values, attn_mask=bias)
-        return self.proj(y.transpose(1, 2).flatten(2))
-
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1))
-
-
-class MLP(nn.Sequential):
-    """Linear, exact GELU, linear."""
-
-    def __init__(self, width: int, ratio: int):
-        super().__init__(nn.Linear(width, ratio * width), nn.GELU(), nn.Linear(ratio * width, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            return super().forward(x)
-        # In place: a second buffer of this size, the largest of all, costs more than the function itself.
-        return self[2](torch.ops.aten.gelu_(self[0](x)))
-
-
-class Block(nn.Module):
-    """Self-attention within a layer's patches, attention to the condition, an MLP after each.
-
-    Some blocks of Stage II then attend to Stage I's features (eq. 5); with LayerScale an MLP follows there
-    too, as in LoFA_v0.
-    """
-
-    def __init__(self, config: HypernetworkConfig, attends_to_features: bool):
-        super().__init__()
-        width, film = config.width, config.modulation == "film"
-        feature_mlp = attends_to_features and not film
-        self.norms = nn.ModuleList(
-            nn.LayerNorm(width, 1e-5 if film else 1e-6, elementwise_affine=not film)
-            for _ in range(5 if feature_mlp else 4)
-        )
-        self.film = nn.Linear(width, 8 * width) if film else None
-        self.scales: nn.ParameterList | None = None  # LayerScale: one vector for each thing that is added
-        if self.film is None:
-            self.scales = nn.ParameterList(
-                nn.Parameter(torch.full((width,), 0.1)) for _ in range(6 if feature_mlp else 4)
-            )
-        else:
-            nn.init.zeros_(self.film.weight)
-            nn.init.zeros_(self.film.bias)
-        self.self_attention = Attention(width, config.heads)
-        self.self_mlp = MLP(width, config.mlp_ratio)
-        self.cross_attention = Attention(width, config.heads)
-        self.cross_mlp = MLP(width, config.mlp_ratio)
-        self.feature_attention = Attention(width, config.heads) if attends_to_features else None
-        self.feature_mlp = MLP(width, config.mlp_ratio) if feature_mlp else None
-
-    def forward(
-        self,
-        x: Tensor,
-        keys_values: KeysValues,
-        bias: Tensor | None,
-        code: Tensor | None,
-        features: Tensor | None,
-    ) -> Tensor:
-        """x [B N, T, d]; keys, values and bias of B conditions; code [B N, d] (condition and layer) for FiLM;
-        features [B N, T', d] of Stage I.
-        """
-        film = None if self.film is None or code is None else self.film(code).unsqueeze(1).chunk(8, dim=-1)
-        h = self._normed(0, x, film)
-        x = self._add(0, x, self.self_attention(h, self.self_attention.keys_values(h)))
-        x = self._add(1, x, self.self_mlp(self._normed(1, x, film)))
-        # All layers share the condition's keys and values: their tokens stand in one row of queries.
-        rows = self._normed(2, x, film).reshape(len(keys_values[0]), -1, x.shape[-1])
-        x = self._add(2, x, self.cross_attention(rows, keys_values, bias).view_as(x))
-        x = self._add(3, x, self.cross_mlp(self._normed(3, x, film)))
-        if self.feature_attention is not None and features is not None:
-            asked = self.feature_attention(x, self.feature_attention.keys_values(features))
-            x = self._add(4, x, asked)
-            if self.feature_mlp is not None:
-                x = self._add(5, x, self.feature_mlp(self._normed(4, x, None)))
-        return x
-
-    def _normed(self, i: int, x: Tensor, film: tuple[Tensor, ...] | None) -> Tensor:
-        x = self.norms[i](x)
-        return x if film is None else torch.addcmul(film[2 * i + 1], x, 1.0 + film[2 * i])
-
-    def _add(self, i: int, x: Tensor, y: Tensor) -> Tensor:
-        return x + y if self.scales is None else torch.addcmul(x, y, self.scales[i])
-
-
 def weight_patches(weights: Tensor, config: HypernetworkConfig) -> Tensor:
-    """Weights [N, out, in] -> float32 [N, patches, channels * side^2], as `config.weight_input` says.
+    """Weights [N, out, in] -> float32 [N, patches, numbers], as `config.weight_input` says.
 
     Magnitudes decide the response map (most of it is 1 / |W|), so "magnitude" keeps them, per layer, as a
     channel of their own; "column_rms" divides the differences between columns away.
@@ -145,22 +54,36 @@ def weight_patches(weights: Tensor, config: HypernetworkConfig) -> Tensor:
         scaled = weights / weights.std(dim=(1, 2), keepdim=True).clamp_min(1e-12)
         # plus one: about zero mean for Gaussian weights
         channels = torch.stack([scaled, scaled.abs().clamp_min(1e-3).log() + 1.0], 1)
-    grid = channels.unflatten(3, (-1, config.patch)).unflatten(2, (-1, config.patch))
+    grid = channels.unflatten(3, (config.grid[1], -1)).unflatten(2, (config.grid[0], -1))
     return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
+def shape_key(shape: Shape) -> str:
+    """What modules of one shape of layers are called: `640x2048`."""
+    return f"{shape[0]}x{shape[1]}"
+
+
 class Trunk(nn.Module):
-    """W, layer and condition -> tokens: one summary token (where the design has it) and one per patch."""
+    """W, layer and conditions -> tokens: one summary token (where the design has it) and one per patch.
+
+    Weights of each shape have a patch embedding of their own; all else is shared (SDXL has four shapes).
+    """
 
     depth_of: Tensor  # int64 [L]: which depth and which kind each target layer has
     kind_of: Tensor
 
-    def __init__(self, config: HypernetworkConfig, layers: tuple[LayerDescription, ...], with_features: bool):
+    def __init__(
+        self,
+        config: HypernetworkConfig,
+        base: BaseDescription,
+        conditions: tuple[ConditionDescription, ...],
+        with_features: bool,
+    ):
         super().__init__()
-        width, side, film = config.width, config.patch, config.modulation == "film"
-        self.config, self.side = config, side
+        width, film, layers = config.width, config.modulation == "film", base.layers
+        self.config = config
         self.checkpoint_activations = False  # in training: compute blocks again in the backward pass
-        self.rows, self.columns = config.out_features // side, config.in_features // side
+        self.rows, self.columns = config.grid
         kinds = list(dict.fromkeys(layer.kind for layer in layers))
         # On the CPU even where the network itself is built on the meta device, to be filled from a file.
         with torch.device("cpu"):
@@ -169,7 +92,10 @@ class Trunk(nn.Module):
         self.register_buffer("depth_of", depth_of, persistent=False)
         self.register_buffer("kind_of", kind_of, persistent=False)
         channels = 2 if config.weight_input == "magnitude" else 1
-        self.patch_embed = nn.Linear(channels * side * side, width)
+        self.patch_embed = nn.ModuleDict()
+        for shape in base.by_shape():
+            high, wide = config.patch(shape)
+            self.patch_embed[shape_key(shape)] = nn.Linear(channels * high * wide, width)
         # The eps is float32's in every dtype: bfloat16's own, 0.008, would change what is computed.
         self.patch_norm = (
             nn.RMSNorm(width, eps=torch.finfo(torch.float32).eps)
@@ -181,45 +107,95 @@ class Trunk(nn.Module):
         self.cls_token = nn.Parameter(0.5 * torch.randn(width)) if config.cls_token else None
         self.depth_embedding = nn.Embedding(1 + max(layer.depth for layer in layers), width)
         self.kind_embedding = nn.Embedding(len(kinds), width)
-        self.condition_proj = nn.Linear(config.condition_width, width)
+        self.condition_proj = nn.ModuleDict({given.kind: make_encoder(given, width) for given in conditions})
+        # Several kinds of condition are told apart, and attended to beside a token that is always there.
+        self.modality, self.null_token = nn.ParameterDict(), None
+        if len(conditions) > 1:
+            for given in conditions:
+                self.modality[given.kind] = nn.Parameter(0.5 * torch.randn(width))
+            self.null_token = nn.Parameter(0.5 * torch.randn(width))
         if film:
             self.code = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU())
             self.pooling_queries = nn.Parameter(torch.randn(config.pooling_queries, width) / width**0.5)
-            self.summary = nn.Linear(config.pooling_queries * width, width)
+            self.summary = nn.ModuleDict(
+                {given.kind: nn.Linear(config.pooling_queries * width, width) for given in conditions}
+            )
         self.blocks = nn.ModuleList(
             Block(config, with_features and index in config.feature_blocks) for index in range(config.blocks)
         )
         self.norm = nn.LayerNorm(width)
 
-    def project(self, condition: Tensor) -> Condition:
-        """Condition tokens [B, S, condition_width] -> what the blocks attend to. Zero rows are padding.
+    def project(self, conditions: Conditions) -> Condition:
+        """Any of the kinds this network knows -> what the blocks attend to: the tokens of all, one after the
+        other, the score of each raised by the log of its kind's strength. FiLM adds up a summary of each
+        kind, times its strength.
 
-        Raises ValueError where a condition is nothing but padding.
+        Raises ValueError where a condition is nothing but padding, or is not known here.
         """
-        rows, bias = self._rows_that_count(condition)
-        tokens = self.condition_proj(rows)
+        parts, biases, summaries = [], [], []
+        for kind in self._known(conditions):
+            values, strength = conditions[kind].values, conditions[kind].strength
+            rows, bias = (values, None) if kind == "pose" else self._rows_that_count(values, strength)
+            tokens = self.condition_proj[kind](rows)
+            if kind in self.modality:
+                tokens = tokens + self.modality[kind]
+            if self.config.modulation == "film":
+                summaries.append(self._summary(kind, tokens, bias, strength))
+            if strength is not None:
+                bias = tokens.new_zeros(tokens.shape[:2]) if bias is None else bias
+                bias = bias + strength.log().unsqueeze(1)
+            parts.append(tokens)
+            biases.append(bias)
+        if self.null_token is not None:
+            parts.append(self.null_token.expand(len(parts[0]), 1, -1))
+            biases.append(None)
+        tokens, bias = torch.cat(parts, 1), None
+        if any(part is not None for part in biases):
+            bias = torch.cat(
+                [
+                    part.new_zeros(part.shape[:2]) if own is None else own
+                    for part, own in zip(parts, biases, strict=True)
+                ],
+                1,
+            )[:, None, None, :]
         keys_values = [block.cross_attention.keys_values(tokens) for block in self._each_block()]
-        scores_bias = None if bias is None else bias[:, None, None, :]
-        if self.config.modulation != "film":
-            return Condition(keys_values, scores_bias, None)
+        return Condition(keys_values, bias, torch.stack(summaries).sum(0) if summaries else None)
+
+    def _known(self, conditions: Conditions) -> list[str]:
+        """The kinds given, in this network's order."""
+        unknown = [kind for kind in conditions if kind not in self.condition_proj]
+        if unknown or not conditions:
+            raise ValueError(
+                f"given {', '.join(conditions) or 'no condition'}: this network knows "
+                f"{', '.join(self.condition_proj)}."
+            )
+        if self.null_token is None and any(given.strength is not None for given in conditions.values()):
+            raise ValueError("this network knows one kind of condition, whose strength is always 1.")
+        return [kind for kind in self.condition_proj if kind in conditions]
+
+    def _summary(self, kind: str, tokens: Tensor, bias: Tensor | None, strength: Tensor | None) -> Tensor:
+        """[B, d] of one kind's tokens."""
         scores = self.pooling_queries @ tokens.transpose(-1, -2)
         pooled = (scores if bias is None else scores + bias.unsqueeze(1)).softmax(-1) @ tokens
-        return Condition(keys_values, scores_bias, self.summary(pooled.flatten(1)))
+        summary = self.summary[kind](pooled.flatten(1))
+        return summary if strength is None else strength.unsqueeze(1) * summary
 
-    def _rows_that_count(self, condition: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Rows [B, S', condition_width] without the padding after the longest prompt, and what to add to
-        their attention scores [B, S'].
+    def _rows_that_count(self, tokens: Tensor, strength: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Rows [B, S', d] without the padding after the longest condition, and what to add to their attention
+        scores [B, S'].
 
         Padding is left out; or, where it is attended to, one row of zeros stands for all of them: n equal
         keys with equal values weigh as one whose score is log n higher.
         """
-        padding = (condition == 0).all(-1)
+        padding = (tokens == 0).all(-1)
+        if strength is not None:  # what is not given has no rows to leave out; its weight is zero anyway
+            padding = padding & (strength > 0).unsqueeze(1)
         if padding.all(1).any():
             raise ValueError("the condition has no tokens: every row of it is zero")
         if not padding.any():
-            return condition, None
+            return tokens, None
         longest = int((~padding).any(0).nonzero().max()) + 1
-        rows, padding_between = condition[:, :longest], padding[:, :longest]
+        rows, padding_between = tokens[:, :longest], padding[:, :longest]
         if self.config.mask_padding and not padding_between.any():
             return rows, None
         bias = torch.zeros_like(rows[..., 0]).masked_fill(padding_between, float("-inf"))
@@ -228,15 +204,14 @@ class Trunk(nn.Module):
         zeros = padding.sum(1, keepdim=True).to(bias.dtype)
         return torch.cat([rows, torch.zeros_like(rows[:, :1])], 1), torch.cat([bias, zeros.log()], 1)
 
-    def forward(
-        self, patches: Tensor, index: Tensor, condition: Condition, features: Tensor | None
-    ) -> Tensor:
-        """`weight_patches` of the layers `index` [N] -> tokens [B, N, T, width]; features likewise.
+    def forward(self, layers: Layers, condition: Condition, features: Tensor | None) -> Tensor:
+        """N layers under B conditions -> tokens [B, N, T, width]; features likewise.
 
         T = rows * columns, and one more with a CLS token, which comes first.
         """
+        index = layers.index
         layer = self.depth_embedding(self.depth_of[index]) + self.kind_embedding(self.kind_of[index])
-        tokens = self.patch_embed(patches)
+        tokens = self.patch_embed[shape_key(layers.shape)](layers.patches)
         if self.patch_norm is not None:
             tokens = self.patch_norm(tokens)
         tokens = tokens + (self.row_position + self.column_position).flatten(0, 1) + layer.unsqueeze(1)

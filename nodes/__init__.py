@@ -3,8 +3,15 @@
 from comfy_api.latest import ComfyExtension, io
 
 from . import host
-from .conditions import EncodeText, TextCondition
-from .load import LoadHypernetwork, LoadMiniature
+from .conditions import (
+    CombineConditions,
+    EncodeIdentity,
+    EncodePose,
+    EncodeStyle,
+    EncodeText,
+    TextCondition,
+)
+from .load import LoadHypernetwork, LoadMiniature, MiniatureExample
 from .lora import SaveLoRA
 from .predict import PredictLoRA, PredictResponse
 from .view import ResponseHeatmap
@@ -20,8 +27,13 @@ class LoFAExtension(ComfyExtension):
         return [
             LoadHypernetwork,
             LoadMiniature,
+            MiniatureExample,
             EncodeText,
             TextCondition,
+            EncodePose,
+            EncodeStyle,
+            EncodeIdentity,
+            CombineConditions,
             PredictResponse,
             PredictLoRA,
             SaveLoRA,

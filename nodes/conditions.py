@@ -1,10 +1,14 @@
 """Conditions: what the artist wants, encoded as a token sequence."""
 
 from comfy_api.latest import io
+from torch import Tensor
 
+from ..lofa_core.conditions import Given, weakened
+from ..lofa_core.conditions.pose import pose_from_keypoints, resample_frames
 from ..lofa_core.conditions.text import check_prompt
+from ..lofa_core.descriptions import ConditionDescription
 from . import host
-from .sockets import CATEGORY, Condition, ConditionSocket, HypernetworkSocket
+from .sockets import CATEGORY, Condition, ConditionSocket, HypernetworkSocket, PoseSocket
 
 # One sentence that the miniature's hypernetwork understands, so that a fresh node works as it is.
 EXAMPLE = (
@@ -39,18 +43,14 @@ class EncodeText(io.ComfyNode):
                     "The prompt that you sample with can then stay short.",
                 ),
             ],
-            outputs=[
-                ConditionSocket.Output(
-                    display_name="condition", tooltip="For Predict LoRA and Predict Response."
-                ),
-            ],
+            outputs=[_output()],
         )
 
     @classmethod
     def execute(cls, hypernetwork, clip, text) -> io.NodeOutput:
-        _check_text(hypernetwork)
-        check_prompt(text, hypernetwork.condition.words)
-        return io.NodeOutput(_condition(hypernetwork, host.encode_text(clip, text), "CLIP", text))
+        known = _known(hypernetwork, "text")
+        check_prompt(text, known.words)
+        return io.NodeOutput(_tokens(hypernetwork, "text", host.encode_text(clip, text), "CLIP", text))
 
 
 class TextCondition(io.ComfyNode):
@@ -74,33 +74,185 @@ class TextCondition(io.ComfyNode):
                     tooltip="One prompt, from CLIP Text Encode with the base model's own text encoder.",
                 ),
             ],
-            outputs=[
-                ConditionSocket.Output(
-                    display_name="condition", tooltip="For Predict LoRA and Predict Response."
-                ),
-            ],
+            outputs=[_output()],
         )
 
     @classmethod
     def execute(cls, hypernetwork, conditioning) -> io.NodeOutput:
-        _check_text(hypernetwork)
-        return io.NodeOutput(_condition(hypernetwork, host.text_states(conditioning), "CONDITIONING", ""))
+        states = host.text_states(conditioning)
+        return io.NodeOutput(_tokens(hypernetwork, "text", states, "CONDITIONING", ""))
 
 
-def _check_text(hypernetwork) -> None:
-    kind = hypernetwork.condition.kind
-    if kind != "text":
-        raise ValueError(
-            f"This hypernetwork is conditioned on {kind}, not on text. "
-            "Load a text hypernetwork, or use the node that encodes its condition."
+class EncodePose(io.ComfyNode):
+    """POSE_KEYPOINT or drawn skeletons -> LOFA_CONDITION."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="LoFAEncodePose",
+            display_name="Encode Pose (LoFA)",
+            category=CATEGORY,
+            description="Turns a moving pose into the condition that a LoRA is predicted from. Connect "
+            "keypoints, or pictures of skeletons that another node has drawn.",
+            search_aliases=["lofa pose", "openpose lora", "dwpose", "motion condition", "skeleton"],
+            inputs=[
+                HypernetworkSocket.Input(
+                    "hypernetwork", tooltip="Says how many frames it reads, and how large."
+                ),
+                PoseSocket.Input(
+                    "keypoints",
+                    optional=True,
+                    tooltip="POSE_KEYPOINT, a frame for each picture, from DWPose or OpenPose. Any number of "
+                    "frames: they are spread evenly.",
+                ),
+                io.Image.Input(
+                    "skeletons",
+                    optional=True,
+                    tooltip="Instead of keypoints: skeletons in DWPose's colours on black, one a frame.",
+                ),
+            ],
+            outputs=[_output(), io.Image.Output(display_name="pose", tooltip="What the network looks at.")],
         )
 
+    @classmethod
+    def execute(cls, hypernetwork, keypoints=None, skeletons=None) -> io.NodeOutput:
+        known = _known(hypernetwork, "pose")
+        if (keypoints is None) == (skeletons is None):
+            raise ValueError("Connect either keypoints or skeletons: this node reads one of them.")
+        if keypoints is not None:
+            clip = pose_from_keypoints(keypoints, *known.size)
+        else:
+            clip = resample_frames(skeletons[..., :3], *known.size)
+        words = f"{len(keypoints if skeletons is None else skeletons)} frames"
+        shown = clip[0].permute(1, 2, 3, 0)  # [T, H, W, 3]
+        return io.NodeOutput(Condition({"pose": Given(clip)}, {"pose": words}), shown)
 
-def _condition(hypernetwork, tokens, source, text) -> Condition:
-    width = hypernetwork.condition.width
-    if tokens.shape[-1] != width:
-        raise ValueError(
-            f"This {source} gives {tokens.shape[-1]} numbers per token; the hypernetwork was trained with a "
-            f"text encoder of {width}. Connect the text encoder of {hypernetwork.base.name}."
+
+class EncodeStyle(io.ComfyNode):
+    """CLIP_VISION_OUTPUT -> LOFA_CONDITION."""
+
+    @classmethod
+    def define_schema(cls):
+        return _picture_schema(
+            "LoFAEncodeStyle",
+            "Encode Style (LoFA)",
+            "Turns one or more pictures of a style into the condition that a LoRA is predicted from.",
+            ["lofa style", "style reference", "style lora"],
         )
-    return Condition("text", tokens, text)
+
+    @classmethod
+    def execute(cls, hypernetwork, clip_vision_output) -> io.NodeOutput:
+        return _pictures(hypernetwork, "style", clip_vision_output)
+
+
+class EncodeIdentity(io.ComfyNode):
+    """CLIP_VISION_OUTPUT -> LOFA_CONDITION."""
+
+    @classmethod
+    def define_schema(cls):
+        return _picture_schema(
+            "LoFAEncodeIdentity",
+            "Encode Identity (LoFA)",
+            "Turns one or more pictures of a face into the condition that a LoRA is predicted from. Crop "
+            "them to the face.",
+            ["lofa face", "face reference", "identity lora", "faceid"],
+        )
+
+    @classmethod
+    def execute(cls, hypernetwork, clip_vision_output) -> io.NodeOutput:
+        return _pictures(hypernetwork, "identity", clip_vision_output)
+
+
+class CombineConditions(io.ComfyNode):
+    """Two LOFA_CONDITION -> one."""
+
+    @classmethod
+    def define_schema(cls):
+        def strength(name: str) -> io.Input:
+            return io.Float.Input(
+                name, default=1.0, min=0.0, max=3.0, step=0.05,
+                tooltip="How much it counts. 1 is as trained; 0 is as if it were not connected.",
+            )  # fmt: skip
+
+        return io.Schema(
+            node_id="LoFACombineConditions",
+            display_name="Combine Conditions (LoFA)",
+            category=CATEGORY,
+            description="Joins two conditions of different kinds, such as text and style, for a hypernetwork "
+            "that knows both. Chain it for three.",
+            search_aliases=["lofa combine", "text and style", "merge conditions"],
+            inputs=[
+                ConditionSocket.Input("first", tooltip="From an Encode node, or another Combine Conditions."),
+                ConditionSocket.Input("second", tooltip="A condition of another kind."),
+                strength("first_strength"),
+                strength("second_strength"),
+            ],
+            outputs=[_output()],
+        )
+
+    @classmethod
+    def execute(cls, first, second, first_strength, second_strength) -> io.NodeOutput:
+        twice = [kind for kind in first.given if kind in second.given]
+        if twice:
+            raise ValueError(
+                f"Both conditions hold {twice[0]}: combine different kinds. Several pictures go into one "
+                "Encode node, as a batch."
+            )
+        weighed = {
+            kind: weakened(given, strength)
+            for condition, strength in ((first, first_strength), (second, second_strength))
+            for kind, given in condition.given.items()
+        }
+        return io.NodeOutput(Condition(weighed, {**first.words, **second.words}))
+
+
+def _output() -> io.Output:
+    return ConditionSocket.Output(
+        display_name="condition", tooltip="For Predict LoRA, Predict Response and Combine Conditions."
+    )
+
+
+def _picture_schema(node_id: str, name: str, description: str, aliases: list[str]) -> io.Schema:
+    return io.Schema(
+        node_id=node_id,
+        display_name=name,
+        category=CATEGORY,
+        description=description,
+        search_aliases=aliases,
+        inputs=[
+            HypernetworkSocket.Input("hypernetwork", tooltip="Says which image encoder it was trained with."),
+            io.ClipVisionOutput.Input(
+                "clip_vision_output",
+                tooltip="From core's CLIP Vision Encode, with the image encoder that the hypernetwork was "
+                "trained with. A batch of pictures counts as several references.",
+            ),
+        ],
+        outputs=[_output()],
+    )
+
+
+def _pictures(hypernetwork, kind: str, seen) -> io.NodeOutput:
+    states = host.image_states(seen)
+    words = f"{len(states)} pictures" if len(states) > 1 else "1 picture"
+    tokens = states.flatten(0, 1).unsqueeze(0)
+    return io.NodeOutput(_tokens(hypernetwork, kind, tokens, "CLIP_VISION_OUTPUT", words))
+
+
+def _known(hypernetwork, kind: str) -> ConditionDescription:
+    if kind not in hypernetwork.conditions:
+        raise ValueError(
+            f"This hypernetwork is conditioned on {' and '.join(hypernetwork.conditions)}, not on {kind}. "
+            f"Load one that knows {kind}, or use the node that encodes its condition."
+        )
+    return hypernetwork.conditions[kind]
+
+
+def _tokens(hypernetwork, kind: str, tokens: Tensor, source: str, words: str) -> Condition:
+    known = _known(hypernetwork, kind)
+    if tokens.shape[-1] != known.width:
+        raise ValueError(
+            f"This {source} gives {tokens.shape[-1]} numbers per token; the hypernetwork was trained with "
+            f"{known.width}. Connect the {'text' if kind == 'text' else 'image'} encoder it was trained with "
+            f"(base model: {hypernetwork.base.name})."
+        )
+    return Condition({kind: Given(tokens)}, {kind: words})

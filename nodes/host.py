@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import comfy.clip_vision
 import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
@@ -13,8 +14,10 @@ import comfy.sd
 import comfy.text_encoders.wan
 import comfy.utils
 import folder_paths
+import numpy as np
 import torch
 from comfy.cli_args import args
+from PIL import Image
 from server import PromptServer
 from torch import Tensor
 
@@ -58,6 +61,13 @@ def hypernetwork_files(name: str, stage2: str = NO_STAGE2) -> list[Path]:
 def file_state(paths: Sequence[Path]) -> list[tuple[str, int, int]]:
     """What changes when a file does, without reading it: a hypernetwork may have gigabytes."""
     return [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths]
+
+
+def read_picture(path: Path) -> Tensor:
+    """A picture file as IMAGE [1, H, W, 3] in 0..1."""
+    with Image.open(path) as picture:
+        pixels = np.array(picture.convert("RGB"))
+    return torch.from_numpy(pixels).float().div(255.0).unsqueeze(0)
 
 
 def new_output_file(prefix: str, suffix: str) -> tuple[Path, str]:
@@ -127,12 +137,14 @@ def show_text(node_id: str, text: str) -> None:
 _MINIATURE_DTYPE = torch.float32
 
 
-def load_miniature() -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
-    """The embedded base model as ComfyUI's own MODEL, CLIP and VAE."""
+def load_miniature() -> tuple[
+    comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE, comfy.clip_vision.ClipVisionModel
+]:
+    """The embedded base model as ComfyUI's own MODEL, CLIP, VAE and CLIP_VISION."""
     model = comfy.sd.load_diffusion_model(
         str(miniature.DIFFUSION_MODEL), model_options={"dtype": _MINIATURE_DTYPE}
     )
-    return model, _load_text_encoder(), _load_vae()
+    return model, _load_text_encoder(), _load_vae(), _load_image_encoder()
 
 
 def _load_vae() -> comfy.sd.VAE:
@@ -142,6 +154,15 @@ def _load_vae() -> comfy.sd.VAE:
     # How ComfyUI makes a second copy on another device.
     vae.patcher.cached_patcher_init = (comfy.sd.load_vae_patcher, (str(miniature.VAE), metadata, None))
     return vae
+
+
+def _load_image_encoder() -> comfy.clip_vision.ClipVisionModel:
+    folder = miniature.IMAGE_ENCODER.parent
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config |= json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
+    encoder = comfy.clip_vision.ClipVisionModel(config)
+    encoder.load_sd(comfy.utils.load_torch_file(str(miniature.IMAGE_ENCODER)))
+    return encoder
 
 
 class _TextEncoderTarget:
@@ -198,6 +219,11 @@ def text_states(conditioning: Sequence[Sequence]) -> Tensor:
             "Connect the CLIP Text Encode node of the prompt you mean."
         )
     return conditioning[0][0]
+
+
+def image_states(seen: comfy.clip_vision.Output) -> Tensor:
+    """The states before CLIP's last layer, of each picture, [n, S, d]."""
+    return seen.penultimate_hidden_states
 
 
 def base_weights(model: comfy.model_patcher.ModelPatcher) -> BaseWeights:

@@ -1,11 +1,14 @@
 """Loaders: a hypernetwork, and the embedded miniature base model."""
 
+import json
+
 from comfy_api.latest import io
 
+from ..lofa_core import miniature
 from ..lofa_core.checkpoint import load_hypernetwork
 from ..lofa_core.released import load_released
 from . import host
-from .sockets import CATEGORY, HypernetworkSocket
+from .sockets import CATEGORY, HypernetworkSocket, PoseSocket
 
 
 class LoadHypernetwork(io.ComfyNode):
@@ -40,7 +43,7 @@ class LoadHypernetwork(io.ComfyNode):
             outputs=[
                 HypernetworkSocket.Output(
                     display_name="hypernetwork",
-                    tooltip="For Text Condition, Encode Text, Predict LoRA and Predict Response.",
+                    tooltip="For the Encode nodes, Predict LoRA and Predict Response.",
                 ),
             ],
         )
@@ -63,7 +66,7 @@ class LoadHypernetwork(io.ComfyNode):
 
 
 class LoadMiniature(io.ComfyNode):
-    """The embedded WAN2.1 miniature -> MODEL, CLIP, VAE."""
+    """The embedded WAN2.1 miniature -> MODEL, CLIP, VAE, CLIP_VISION."""
 
     @classmethod
     def define_schema(cls):
@@ -86,9 +89,52 @@ class LoadMiniature(io.ComfyNode):
                 io.Vae.Output(
                     display_name="vae", tooltip="Its video VAE, the WAN2.1 architecture made small."
                 ),
+                io.ClipVision.Output(
+                    display_name="clip_vision", tooltip="Its image encoder, for CLIP Vision Encode."
+                ),
             ],
         )
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
         return io.NodeOutput(*host.load_miniature())
+
+
+class MiniatureExample(io.ComfyNode):
+    """Example poses and style pictures of the miniature's world -> POSE_KEYPOINT, IMAGE."""
+
+    @classmethod
+    def define_schema(cls):
+        poses, pictures = miniature.example_names("pose"), miniature.example_names("style")
+        return io.Schema(
+            node_id="LoFAMiniatureExample",
+            display_name="Miniature Example (LoFA)",
+            category=CATEGORY,
+            description="A pose clip and a style picture from the miniature's small world, to try Encode "
+            "Pose and Encode Style with. Needs no download.",
+            search_aliases=["lofa example", "example pose", "example style"],
+            inputs=[
+                io.Combo.Input(
+                    "pose",
+                    options=poses,
+                    default=poses[0],
+                    tooltip="A clip's skeletons: limb, size and speed of its swing, travel, lean, feet.",
+                ),
+                io.Combo.Input(
+                    "style",
+                    options=pictures,
+                    default=pictures[0],
+                    tooltip="A picture: shirt, trousers, place.",
+                ),
+            ],
+            outputs=[
+                PoseSocket.Output(display_name="keypoints", tooltip="17 frames, for Encode Pose."),
+                io.Image.Output(display_name="picture", tooltip="For CLIP Vision Encode."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, pose, style) -> io.NodeOutput:
+        keypoints = json.loads(miniature.example("pose", pose).read_text(encoding="utf-8"))
+        picture = host.read_picture(miniature.example("style", style))
+        return io.NodeOutput(keypoints, picture)

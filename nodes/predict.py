@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..lofa_core.lora_files import to_state_dict
-from ..lofa_core.prediction import predict, predict_response
+from ..lofa_core.prediction import check_conditions, predict, predict_response
 from . import host
 from .sockets import CATEGORY, ConditionSocket, HypernetworkSocket, LoRAState, ResponseSocket
 
@@ -19,30 +19,20 @@ def _inputs() -> list[io.Input]:
             tooltip="The base model to personalise. LoRAs already applied to it are looked past: the "
             "prediction starts from its own weights.",
         ),
-        ConditionSocket.Input(
-            "condition", tooltip="What to personalise for, from Encode Text or Text Condition."
-        ),
+        ConditionSocket.Input("condition", tooltip="What to personalise for, from one of the Encode nodes."),
     ]
-
-
-def _check_kind(hypernetwork, condition) -> None:
-    if condition.kind != hypernetwork.condition.kind:
-        raise ValueError(
-            f"This hypernetwork is conditioned on {hypernetwork.condition.kind}, the condition is "
-            f"{condition.kind}. Load a {condition.kind} hypernetwork or encode the other kind of condition."
-        )
 
 
 def _predict(run, hypernetwork, model, condition):
     """`predict` or `predict_response` with ComfyUI's device, progress bar and interruption."""
-    _check_kind(hypernetwork, condition)
+    check_conditions(hypernetwork, condition.given)
     parameters = sum(parameter.numel() for parameter in hypernetwork.parameters())
     dtype = host.compute_dtype(parameters)
     host.make_room(parameters * dtype.itemsize + WORKING_MEMORY)
     return run(
         hypernetwork,
         host.base_weights(model),
-        condition.tokens,
+        condition.given,
         device=host.device(),
         dtype=dtype,
         progress=host.progress(),
@@ -119,8 +109,9 @@ class PredictLoRA(io.ComfyNode):
     def execute(cls, hypernetwork, model, condition, strength) -> io.NodeOutput:
         prediction = _predict(predict, hypernetwork, model, condition)
         metadata = dict(prediction.lora.metadata)
-        if condition.description:
-            metadata["lofa_prompt"] = condition.description
+        for kind, words in condition.words.items():
+            if words:
+                metadata["lofa_prompt" if kind == "text" else f"lofa_{kind}"] = words
         lora = LoRAState(to_state_dict(prediction.lora), metadata)
         layers = len(prediction.lora)
         personalised = host.apply_lora(model, lora, layers, strength)

@@ -6,20 +6,24 @@ from dataclasses import dataclass
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..lofa_core.conditions import Conditions
+
 CATEGORY = "LoFA"
 
 HypernetworkSocket = io.Custom("LOFA_HYPERNETWORK")  # lofa_core.hypernetwork.Hypernetwork
 ConditionSocket = io.Custom("LOFA_CONDITION")  # Condition
+PoseSocket = io.Custom("POSE_KEYPOINT")  # as DWPose and OpenPose nodes give it; core has no class for it
 ResponseSocket = io.Custom("LOFA_RESPONSE")  # {layer name: [out, in] in 0..1}
 
 
 @dataclass(frozen=True)
 class Condition:
-    """What personalises. `kind` is text, pose, style or identity; `tokens` is [1, S, d]."""
+    """What personalises: each kind (text, pose, style, identity) as the hypernetwork takes it, and what the
+    artist gave for it in words, for the metadata of the LoRA's file.
+    """
 
-    kind: str
-    tokens: Tensor
-    description: str  # what the artist gave, for the metadata of the LoRA's file
+    given: Conditions
+    words: Mapping[str, str]
 
 
 class LoRAState(dict[str, Tensor]):

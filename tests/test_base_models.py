@@ -142,7 +142,7 @@ def test_incomplete_mixed_and_foreign_networks_are_refused():
         describe(packed)
     with pytest.raises(ValueError, match="blocks.0.self_attn.q is there twice"):
         describe(shapes | {"diffusion_model.blocks.0.self_attn.q.weight": (16, 16)})
-    sdxl = {"mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight": (16, 16)}
+    sdxl = {"mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight": (1280, 1280)}
     with pytest.raises(ValueError, match="Both WAN2.1 and SDXL"):
         describe(shapes | sdxl)
     with pytest.raises(ValueError, match="559 of 560 target layers of SDXL are missing"):

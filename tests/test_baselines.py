@@ -6,13 +6,14 @@ import torch
 from tiny import generator
 
 from training.baselines.simple import mean_lora, nearest_lora, ridge_lora
+from training.factors import Factors
 
 SIZES = (3, 2, 2)
 STRENGTHS = (0.01, 1.0, 30.0)
 
 
 def dataset(noise, tasks=9, seed=0):
-    """(A, B, known factors, wanted factors); A and B are sums of one term a factor value, plus noise."""
+    """(LoRAs, known indices, wanted indices, wanted LoRAs): sums of one term a factor value, plus noise."""
     draw = generator(seed)
     rows = torch.cartesian_prod(*(torch.arange(size) for size in SIZES))
     order = torch.randperm(len(rows), generator=draw)
@@ -23,15 +24,15 @@ def dataset(noise, tasks=9, seed=0):
         return 0.3 + sum(term[indices[:, i]] for i, term in enumerate(terms))
 
     values = exact(known) + noise * torch.randn(len(known), 40, generator=draw)
-    return *split(values), known, wanted, split(exact(wanted))
+    return split(values), known, wanted, split(exact(wanted))
 
 
 def split(values):
-    return values[:, :24].view(-1, 2, 3, 4), values[:, 24:].reshape(-1, 2, 8, 1)[:, :, :, :1]
+    return Factors((values[:, :24].view(-1, 2, 3, 4),), (values[:, 24:].reshape(-1, 2, 8, 1),))
 
 
-def flat(A, B):
-    return torch.cat([A.flatten(1), B.flatten(1)], 1).double().numpy()
+def flat(loras):
+    return torch.cat([loras.A[0].flatten(1), loras.B[0].flatten(1)], 1).double().numpy()
 
 
 def one_hot(rows):
@@ -59,52 +60,53 @@ def left_out_error(X, Y, strength):
 
 @pytest.mark.parametrize("noise", [0.01, 1.0, 6.0])
 def test_ridge_takes_the_strength_that_really_leaving_one_out_finds_best(noise):
-    A, B, known, wanted, _ = dataset(noise)
-    X, Y = one_hot(known), flat(A, B)
+    loras, known, wanted, _ = dataset(noise)
+    X, Y = one_hot(known), flat(loras)
     errors = [left_out_error(X, Y, strength) for strength in STRENGTHS]
     best = STRENGTHS[int(np.argmin(errors))]
     assert best == {0.01: 0.01, 1.0: 1.0, 6.0: 30.0}[noise]  # each of them is best somewhere here
-    found = flat(*ridge_lora(A, B, known, wanted, STRENGTHS))
+    found = flat(ridge_lora(loras, known, wanted, STRENGTHS))
     assert np.allclose(found, fit(X, Y, best)(one_hot(wanted)), atol=1e-3)
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_its_leave_one_out_errors_are_exact_enough_to_choose_among_near_strengths(seed):
-    A, B, known, wanted, _ = dataset(1.0, tasks=7, seed=seed)
-    X, Y, near = one_hot(known), flat(A, B), np.geomspace(0.05, 20.0, 60).tolist()
+    loras, known, wanted, _ = dataset(1.0, tasks=7, seed=seed)
+    X, Y, near = one_hot(known), flat(loras), np.geomspace(0.05, 20.0, 60).tolist()
     best = near[int(np.argmin([left_out_error(X, Y, strength) for strength in near]))]
     assert near[0] < best < near[-1]
-    found = flat(*ridge_lora(A, B, known, wanted, near))
+    found = flat(ridge_lora(loras, known, wanted, near))
     assert np.allclose(found, fit(X, Y, best)(one_hot(wanted)), atol=1e-3)
 
 
 def test_ridge_extends_sums_of_factors_to_combinations_never_seen():
-    A, B, known, wanted, (true_A, true_B) = dataset(0.0)
-    found_A, found_B = ridge_lora(A, B, known, wanted, (1e-3,))
-    assert found_A.shape == true_A.shape and found_B.shape == true_B.shape
-    assert torch.allclose(found_A, true_A, atol=0.05) and torch.allclose(found_B, true_B, atol=0.05)
+    loras, known, wanted, truth = dataset(0.0)
+    found = ridge_lora(loras, known, wanted, (1e-3,))
+    for ours, true in zip((*found.A, *found.B), (*truth.A, *truth.B), strict=True):
+        assert ours.shape == true.shape and torch.allclose(ours, true, atol=0.05)
 
 
 def test_ridge_takes_a_factor_value_that_only_the_wanted_tasks_have():
-    A, B, known, wanted, _ = dataset(0.1)
+    loras, known, wanted, _ = dataset(0.1)
     new = torch.cat([wanted, torch.tensor([[5, 0, 0]])])
-    found = ridge_lora(A, B, known, new)
-    assert len(found[0]) == len(new) and all(torch.isfinite(part).all() for part in found)
+    found = ridge_lora(loras, known, new)
+    assert len(found) == len(new) and torch.isfinite(found.flat()).all()
 
 
 def test_the_mean_lora_is_one_and_the_same_for_all():
-    A, B, *_ = dataset(1.0)
-    found_A, found_B = mean_lora(A, B, 5)
-    assert found_A.shape == (5, 2, 3, 4) and found_B.shape == (5, 2, 8, 1)
+    loras, *_ = dataset(1.0)
+    found = mean_lora(loras, 5)
+    assert found.A[0].shape == (5, 2, 3, 4) and found.B[0].shape == (5, 2, 8, 1)
     for row in range(5):
-        assert torch.allclose(found_A[row], sum(A) / 9, atol=1e-6)
-        assert torch.allclose(found_B[row], sum(B) / 9, atol=1e-6)
+        assert torch.allclose(found.A[0][row], sum(loras.A[0]) / 9, atol=1e-6)
+        assert torch.allclose(found.B[0][row], sum(loras.B[0]) / 9, atol=1e-6)
 
 
 def test_the_nearest_lora_agrees_in_most_factors():
-    A, B, known, wanted, _ = dataset(1.0)
+    loras, known, wanted, _ = dataset(1.0)
     wanted = torch.cat([wanted, known[4:5]])
-    found_A, found_B = nearest_lora(A, B, known, wanted)
+    found = nearest_lora(loras, known, wanted)
+    (found_A,), (found_B,), (A,), (B,) = found.A, found.B, loras.A, loras.B
     for row, factors in enumerate(wanted.tolist()):
         agreement = [sum(a == b for a, b in zip(factors, other, strict=True)) for other in known.tolist()]
         used = [i for i in range(9) if torch.equal(found_A[row], A[i]) and torch.equal(found_B[row], B[i])]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 from test_released import SMALL, released
+from tiny import text
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -15,12 +16,12 @@ from training.config import LoRAConfig
 
 
 @pytest.mark.parametrize("made", [released(), released(replace(SMALL, cls_token=False))])
-def test_the_counted_work_is_what_pytorch_counts_with_the_text_once(made):
-    text = torch.randn(1, 5, 6)
+def test_the_counted_work_is_what_pytorch_counts_with_the_text_once(monkeypatch, made):
+    small_world(monkeypatch)
     weights, index = torch.randn(16, 16, 16), torch.arange(16)
     # The fused kernels' products are not counted on a CPU, those of the plain formula are.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        made(weights, index, text)
+        made(weights, index, text(tokens=torch.randn(1, 5, 6)))
     assert benchmark.prediction_flop(made.config, 16, 5) == pytest.approx(
         counter.get_total_flops(), rel=0.001
     )
@@ -28,6 +29,9 @@ def test_the_counted_work_is_what_pytorch_counts_with_the_text_once(made):
 
 def small_world(monkeypatch):
     monkeypatch.setattr(full_size, "RELEASED", SMALL)
+    for module in (full_size, benchmark):
+        monkeypatch.setattr(module, "SIDE", 16)
+        monkeypatch.setattr(module, "TEXT_WIDTH", 6)
     small = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "ffn_dim": 32, "text_dim": 6}
     monkeypatch.setattr(full_size, "WAN_1_3B", small)
 

@@ -12,37 +12,22 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from folder_runs import check_stages, run_over, write_lines
 from rich.console import Console
 from test_media import write_video
-from tiny import generator
 
 from lofa_core import miniature
-from lofa_core.base_models import BaseModel, BaseWeights, TargetLayer
-from lofa_core.descriptions import HypernetworkConfig
-from lofa_core.hypernetwork import Hypernetwork
+from lofa_core.base_models import WAN_IMAGE_KINDS, BaseModel, BaseWeights, TargetLayer
 from lofa_core.lora_files import read_safetensors, write_safetensors
 from training.backbones import load_vae, to_unit
-from training.config import (
-    DataConfig,
-    LoRAConfig,
-    NetworkConfig,
-    Stage1Config,
-    Stage2Config,
-    TrainingConfig,
-)
+from training.config import DataConfig, TrainingConfig
 from training.data import cache, media
 from training.data.folder_tasks import FolderTasks, TaskName, open_tasks
 from training.loop import Run
-from training.lora_dataset import LoRADataset, task_id
 from training.miniature import captions, vae, world
 from training.miniature.transformer import load_prompt_encoder
-from training.stages import Stage1, Stage2
-from training.trainer import train
 
 ACTIONS = world.all_actions()[::97][:4]  # four, of which the last is held out
-SMALL = NetworkConfig(
-    patch=48, width=16, heads=2, blocks=2, mlp_ratio=1, pooling_queries=2, feature_blocks=(1,)
-)
 
 
 def write_dataset(folder):
@@ -61,10 +46,6 @@ def write_dataset(folder):
         lines.append({"id": f"task {number}", "prompt": prompt, "split": split, "clips": clips})
     write_lines(folder, lines)
     return lines
-
-
-def write_lines(folder, lines):
-    (folder / "tasks.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 class World:
@@ -119,8 +100,8 @@ def test_latents_and_states_are_those_of_the_bases_own_encoders(cached):
     assert torch.allclose(tensors["latents"][:1].float(), wanted, atol=5e-3)
     prompts, tasks = load_prompt_encoder(miniature.FOLDER), cached.tasks()
     sentences = [cached.lines[1]["prompt"], cached.lines[2]["clips"][1]["caption"]]
-    assert torch.allclose(tasks.prompts(sentences), prompts(sentences), atol=1e-5)
-    assert torch.allclose(tasks.coarse(), prompts([captions.COARSE]), atol=1e-5)
+    assert torch.allclose(tasks.prompts(sentences).states, prompts(sentences), atol=1e-5)
+    assert torch.allclose(tasks.coarse().states, prompts([captions.COARSE]), atol=1e-5)
 
 
 def test_the_report_counts_what_there_is(world_cached):
@@ -131,6 +112,7 @@ def test_the_report_counts_what_there_is(world_cached):
         "clips": 8,
         "encoded": ["task 0", "task 1", "task 2", "task 3"],
         "unchanged": [],
+        "conditions": {"text": 3},
         "left_out": [],
     }
     said = world_cached.said.getvalue()
@@ -138,7 +120,7 @@ def test_the_report_counts_what_there_is(world_cached):
 
 
 def test_a_rerun_encodes_nothing_again(cached, monkeypatch):
-    monkeypatch.setattr(cache._Encoder, "encode", None)
+    monkeypatch.setattr(cache.TaskEncoder, "encode", None)
     again = cached.cache()
     assert (again.encoded, again.unchanged) == ((), ("task 0", "task 1", "task 2", "task 3"))
     assert again.clips == 8 and cached.tasks().training == [TaskName(f"task {n}") for n in range(3)]
@@ -153,7 +135,7 @@ def test_what_changed_is_encoded_again_and_nothing_else(cached):
     found = cached.cache()
     assert (found.encoded, found.unchanged) == (("task 0", "task 1"), ("task 3",))
     assert not (cached.run / "cache" / "task 2.safetensors").exists()
-    assert cached.tasks().prompts(["a person moves"]).abs().sum() > 0
+    assert cached.tasks().prompts(["a person moves"]).states.abs().sum() > 0
 
 
 @pytest.mark.parametrize("change", ["frames", "encoders", "damaged"])
@@ -165,9 +147,9 @@ def test_other_settings_other_encoders_and_damage_are_noticed(cached, monkeypatc
         states = {"prompt": torch.zeros(3, 64), "coarse_prompt": torch.zeros(2, 64)}
         return {"latents": torch.zeros(2, 16, 5, 8, 8).half(), **states}, task
 
-    monkeypatch.setattr(cache._Encoder, "encode", encode)
+    monkeypatch.setattr(cache.TaskEncoder, "encode", encode)
     if change == "encoders":
-        monkeypatch.setattr(cache, "encoders_fingerprint", lambda base: "another")
+        monkeypatch.setattr(cache, "fingerprint", lambda *arguments: "another")
     if change == "damaged":
         path = cached.run / "cache" / "task 1.safetensors"
         path.write_bytes(path.read_bytes()[:-10])
@@ -178,19 +160,19 @@ def test_other_settings_other_encoders_and_damage_are_noticed(cached, monkeypatc
 def test_a_killed_cache_goes_on_and_is_not_trained_on_meanwhile(cached, monkeypatch):
     (cached.run / "cache" / "task 2.safetensors").unlink()
     (cached.run / "cache" / ".task 2.safetensors.0123").write_bytes(b"half")
-    real = cache._Encoder.encode
+    real = cache.TaskEncoder.encode
 
     def killed(self, task, skip):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cache._Encoder, "encode", killed)
+    monkeypatch.setattr(cache.TaskEncoder, "encode", killed)
     with pytest.raises(KeyboardInterrupt):
         cached.cache()
     with pytest.raises(ValueError, match="is not cached here. Run `cache` first"):
         cached.tasks().training  # noqa: B018
-    monkeypatch.setattr(cache._Encoder, "encode", real)
+    monkeypatch.setattr(cache.TaskEncoder, "encode", real)
     assert cached.cache().encoded == ("task 2",)
-    assert len(cached.tasks().clips.latents) == 6 and not list((cached.run / "cache").glob(".*"))
+    assert len(cached.tasks().clips) == 8 and not list((cached.run / "cache").glob(".*"))
 
 
 def test_what_fails_while_it_is_encoded_is_reported_each_time(cached):
@@ -211,7 +193,8 @@ def test_what_fails_while_it_is_encoded_is_reported_each_time(cached):
         assert [entry["what"] for entry in cached.report()["left_out"]] == list(said)
     assert "5 left out, see data_report.json" in cached.said.getvalue()
     tasks = cached.tasks()
-    assert tasks.clips_by_action == {TaskName("task 0"): pytest.approx(torch.tensor([0, 1]))}
+    assert tasks.training == [TaskName("task 0")] and tasks.held_out == [TaskName("task 3")]
+    assert torch.equal(tasks.latents_of(TaskName("task 0")), tasks.clips[torch.tensor([0, 1])])
     assert tasks.sentence(TaskName("task 0"), _always()) == cached.lines[0]["clips"][2]["caption"]
 
 
@@ -250,27 +233,31 @@ def test_encoders_that_cannot_be_loaded_are_an_error_not_a_skipped_task(cached, 
     weights.write_bytes(b"")
     refused(r"model\.safetensors is not a whole safetensors file")
     shutil.rmtree(base / "vae")
-    refused("no vae folder with files in it. Expected a base folder")
+    refused("vae: is no folder with files in it. Expected a base folder with vae/, text_encoder/")
 
 
 def test_tasks_are_what_the_stages_ask_for(world_cached):
     tasks, rng = world_cached.tasks(), np.random.default_rng(0)
     first, last = tasks.training[0], tasks.held_out[0]
-    assert str(first) == "task 0" and task_id(first) == "task 0" and {first: 1}[TaskName("task 0")] == 1
+    assert str(first) == "task 0" and first.id == "task 0" and {first: 1}[TaskName("task 0")] == 1
     assert tasks.plain_sentence(last, rng) == world_cached.lines[3]["prompt"]
     said = {tasks.sentence(first, rng) for _ in range(50)}
     line = world_cached.lines[0]
     assert said == {line["prompt"], line["clips"][1]["caption"]}
     tensors, _ = read_safetensors(world_cached.run / "cache" / "task 2.safetensors")
-    assert torch.equal(tasks.clips.latents[tasks.clips_by_action[TaskName("task 2")]], tensors["latents"])
-    picked = tasks.clips.latents[torch.tensor([5, 5, 0])]
+    assert torch.equal(tasks.latents_of(TaskName("task 2")), tensors["latents"])
+    picked = tasks.clips[torch.tensor([5, 5, 0])]
     assert picked.shape == (3, 16, 5, 8, 8) and torch.equal(picked[0], tensors["latents"][1])
-    assert torch.equal(tasks.clips.action_weights(), torch.ones(16, 5, 8, 8))
-    held_out = tasks.held_out_clips(24, offset=2)
-    assert len(held_out.latents) == 2 and held_out.of(last).tolist() == [0, 1]
-    sentences = [tasks.plain_sentence(task, rng) for task in (first, last)]
-    assert torch.equal(tasks.conditions(sentences), tasks.prompts(sentences)[:, :-1])
-    base, condition = tasks.descriptions()
+    some, own = tasks.some_latents(TaskName("task 2"), 20, rng), tensors["latents"]
+    assert len(some) == 20 and {x.sum().item() for x in some} == {x.sum().item() for x in own}
+    assert torch.equal(tasks.loss_weights(first), torch.ones(16, 5, 8, 8))
+    held_out = tasks.held_out_latents(24)(last)
+    assert len(held_out) == 2 and torch.equal(held_out, tasks.clips[torch.tensor([6, 7])])
+    assert {tasks.draw_task(rng) for _ in range(50)} == set(tasks.training) and last not in tasks.training
+    told = [tasks.plain_condition(task, rng) for task in (first, last)]
+    states = tasks.prompts([one["text"] for one in told]).states
+    assert torch.equal(tasks.conditions(told)["text"].values, states[:, :-1])
+    base, (condition,) = tasks.descriptions()
     assert len(base.layers) == 32 and (condition.width, condition.words) == (64, ())
 
 
@@ -285,59 +272,32 @@ def test_a_cache_of_something_else_is_refused(world_cached, tmp_path):
         FolderTasks(world_cached.config, tmp_path, miniature.FOLDER).coarse()
 
 
-def test_another_base_than_wan_is_refused(world_cached, tmp_path, monkeypatch):
+def test_a_base_that_cannot_be_trained_on_is_refused(world_cached, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match='base = "sdxl": without data.folder'):
         open_tasks("sdxl", DataConfig(), tmp_path)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         open_tasks(str(tmp_path / "nowhere"), world_cached.config, tmp_path)
-    sdxl = BaseModel("SDXL", (TargetLayer("x", 0, "attn1.to_q", (640, 640), "x.weight"),))
-    monkeypatch.setattr(BaseWeights, "open", classmethod(lambda cls, path: types.SimpleNamespace(model=sdxl)))
-    with pytest.raises(ValueError, match="is SDXL. A folder dataset can be trained for WAN2.1's"):
-        open_tasks("sdxl", world_cached.config, tmp_path)
-
-
-def random_loras(tasks, count):
-    draw = generator(0)
-    A = 0.1 * torch.randn(count, 32, 2, 96, generator=draw)
-    return LoRADataset(A, 0.01 * torch.randn(count, 32, 96, 2, generator=draw), tasks[:count])
-
-
-def test_both_stages_train_on_a_folder(world_cached, tmp_path):
-    tasks = world_cached.tasks()
-    base, condition = tasks.descriptions()
-    sizes = dataclasses.asdict(SMALL)
-    torch.manual_seed(0)
-    network = Hypernetwork(HypernetworkConfig(64, 96, 96, 2, **sizes), base, condition)
-    known, held_out = random_loras(tasks.training, 2), random_loras(tasks.held_out, 1)
-    network.statistics.fit(known.A, known.B)
-    cpu, common = torch.device("cpu"), {"steps": 2, "tasks": 2, "validate_every": 2}
-    for kind, settings in (
-        (Stage1, Stage1Config(layers=4, **common)),
-        (Stage2, Stage2Config(clips=1, with_lora=0.5, **common)),
+    layer = TargetLayer("x", 0, WAN_IMAGE_KINDS[0], (640, 640), "x.weight")
+    for name, reason in (
+        ("WAN2.1-I2V-14B", "WAN2.1's text-to-video models and for SDXL"),
+        ("SDXL", "is SDXL, which makes pictures; data.frames is 17, expected 1"),
     ):
-        stage = kind(network, tasks, known, held_out, settings, cpu)
-        folder = tmp_path / stage.name
-        train(stage, stage.settings, folder, Accelerator(cpu=True), Console(file=io.StringIO()))
-        lines = [json.loads(line) for line in (folder / "losses.jsonl").read_text().splitlines()]
-        assert [line["step"] for line in lines] == [1, 2]
-        assert all(np.isfinite(list(line.values())).all() for line in lines)
+        opened = types.SimpleNamespace(model=BaseModel(name, (layer,)))
+        monkeypatch.setattr(BaseWeights, "open", classmethod(lambda cls, path, opened=opened: opened))
+        with pytest.raises(ValueError, match=reason):
+            open_tasks("base", world_cached.config, tmp_path)
 
 
-def test_a_run_caches_and_trains_per_task_loras(cached, tmp_path):
-    config = TrainingConfig(
-        "miniature",
-        str(cached.run),
-        data=cached.config,
-        lora=LoRAConfig(rank=2, steps=2, batch=1),
-        network=SMALL,
-    )
-    run = Run(config, Console(file=io.StringIO(), width=200))
+def test_a_run_caches_and_trains_on_a_folder(cached, tmp_path):
+    data = {"coarse_prompt": cached.config.coarse_prompt}
+    run = run_over(cached.folder, "miniature", cached.run, data=data)
     with pytest.raises(ValueError, match="no LoRAs here yet"):
         run.stage1()
     assert run.cache().unchanged == ("task 0", "task 1", "task 2", "task 3")
     held_out, training = run.lora_dataset()
     assert (held_out.done, training.done) == (("task 3",), ("task 0", "task 1", "task 2"))
-    assert run._dataset("training").actions == run.data.training
+    assert run._dataset("training").tasks == run.data.training
+    check_stages(run, ("stage1", "stage2"))
     for refused in (lambda: run.evaluate(None), run.ship):
         with pytest.raises(ValueError, match="draws and judges clips of the miniature's world"):
             refused()

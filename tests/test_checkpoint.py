@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import condition, describe, network, weights
+from tiny import describe, network, text, weights
 
 from lofa_core.checkpoint import FORMAT, load_hypernetwork, save_hypernetwork
 
@@ -38,11 +38,11 @@ def rewrite(path, change_tensors=None, change_header=None, change_metadata=None)
 def test_everything_comes_back_as_it_was(saved):
     net, path = saved
     found = load_hypernetwork(path)
-    assert (found.config, found.base, found.condition) == (net.config, net.base, net.condition)
+    assert (found.config, found.base, found.conditions) == (net.config, net.base, net.conditions)
     assert set(found.state_dict()) == set(net.state_dict())
     assert all(torch.equal(value, net.state_dict()[key]) for key, value in found.state_dict().items())
     with torch.no_grad():
-        given = (weights(), torch.arange(16), condition(2))
+        given = (weights(), torch.arange(16), text(count=2))
         for a, b in zip(found(*given)[:2], net(*given)[:2], strict=True):
             assert torch.allclose(a, b, atol=1e-5)
 
@@ -50,12 +50,10 @@ def test_everything_comes_back_as_it_was(saved):
 def test_a_loaded_network_is_for_prediction_and_holds_one_set_of_statistics(saved):
     found = load_hypernetwork(saved[1])
     assert not found.training and not any(parameter.requires_grad for parameter in found.parameters())
-    assert (
-        found.stage1.heads.statistics is found.statistics
-        and found.stage2.heads.statistics is found.statistics
-    )
+    for stage in (found.stage1, found.stage2):
+        assert stage.heads["16x16"].statistics is found.statistics["16x16"]
     stored = [key for key in load_file(saved[1]) if "A_mean" in key]
-    assert stored == ["statistics.A_mean"]
+    assert stored == ["statistics.16x16.A_mean"]
 
 
 def test_it_loads_in_the_dtype_asked_for_or_as_stored(saved):
@@ -96,7 +94,7 @@ def test_a_failed_write_leaves_the_old_file(saved, tmp_path):
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("said", [{}, {"format": "lofa.hypernetwork.0"}])
+@pytest.mark.parametrize("said", [{}, {"format": "lofa.hypernetwork.1"}])
 def test_a_file_of_another_kind_is_refused_by_its_name_and_format(tmp_path, said):
     path = tmp_path / "other.safetensors"
     save_file({"x": torch.zeros(1)}, path, said)
@@ -120,11 +118,12 @@ DAMAGE = {
     "not JSON": dict(change_metadata=lambda metadata: metadata.update(lofa="{")),
     "no header": dict(change_metadata=lambda metadata: metadata.pop("lofa")),
     "no part": dict(change_header=lambda header: header.pop("base")),
-    "no key": dict(change_header=lambda header: header["condition"].pop("words")),
+    "no key": dict(change_header=lambda header: header["conditions"][0].pop("words")),
     "unknown size": dict(change_header=lambda header: header["config"].update(depth=3)),
     "no layers": dict(change_header=lambda header: header["base"].update(layers=[])),
+    "unknown kind": dict(change_header=lambda header: header["conditions"][0].update(kind="smell")),
     "short layer": dict(change_header=lambda header: header["base"]["layers"][3].pop()),
-    "sizes that do not fit": dict(change_header=lambda header: header["config"].update(patch=5)),
+    "sizes that do not fit": dict(change_header=lambda header: header["config"].update(grid=[5, 2])),
 }
 
 
@@ -137,7 +136,7 @@ def test_a_damaged_header_is_named_with_its_file(saved, damage):
 
 def test_missing_and_unknown_tensors_are_counted_and_named(saved):
     def change(tensors):
-        del tensors["stage2.heads.to_A.bias"], tensors["stage1.trunk.cls_token"]
+        del tensors["stage2.heads.16x16.to_A.bias"], tensors["stage1.trunk.cls_token"]
         tensors["stage3.bias"] = torch.zeros(2)
 
     rewrite(saved[1], change_tensors=change)
@@ -147,7 +146,7 @@ def test_missing_and_unknown_tensors_are_counted_and_named(saved):
         load_hypernetwork(saved[1])
 
 
-@pytest.mark.parametrize("key", ["stage2.heads.to_A.bias", "statistics.B_mean"])
+@pytest.mark.parametrize("key", ["stage2.heads.16x16.to_A.bias", "statistics.16x16.B_mean"])
 def test_a_tensor_of_the_wrong_shape_is_named_with_both_shapes(saved, key):
     shape = list(load_file(saved[1])[key].shape)
     rewrite(saved[1], change_tensors=lambda tensors: tensors.update({key: torch.zeros(2, 3)}))

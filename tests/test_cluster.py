@@ -16,7 +16,7 @@ from test_loop import new_run
 from training import cluster
 from training.config import DataConfig, LoRAConfig, TrainingConfig
 from training.loop import Run
-from training.lora_dataset import LoRAFolder, checksum, task_id
+from training.lora_dataset import LoRAFolder, checksum
 
 SETTINGS = {
     "data": DataConfig(clips_per_task=1, held_out_tasks=20, lora_tasks=8),
@@ -73,14 +73,14 @@ def test_a_worker_killed_in_the_middle_costs_no_lora(run):
     killer.join()
     assert len(killed) == 1 and not psutil.pid_exists(killed[0])
     assert len(training.done) == 8 and not training.failed and not held_out.done
-    assert_whole(folder, {task_id(action) for action in run._lora_actions()})
+    assert_whole(folder, {task.id for task in run._lora_tasks()})
     again = run.lora_dataset(ray="local")[1]
     assert len(again.skipped) == 8 and not again.done
 
 
 @pytest.mark.slow
 def test_a_batch_that_kills_every_worker_fails_alone(run, monkeypatch):
-    doomed = task_id(run._lora_actions()[3])
+    doomed = run._lora_tasks()[3].id
 
     def deadly(base, batch):
         from training import cluster

@@ -62,18 +62,16 @@ def files(tmp_path):
 def calls(monkeypatch):
     """The hypernetwork replaced by one that gives `tiny_lora`; what `predict` was called with."""
     seen = []
-    description = SimpleNamespace(
-        kind="text", width=WIDTH, words=("a", "person", "waves"), coarse_prompt="a person", padded_to=0
-    )
+    known = {"text": ConditionDescription("text", WIDTH, ("a", "person", "waves"), "a person")}
 
-    def predict(hypernetwork, base, condition, **options):
-        seen.append({"condition": condition, **options})
+    def predict(hypernetwork, base, conditions, **options):
+        seen.append({"conditions": conditions, **options})
         options["progress"](1, 2)
         responses = {layer.name: torch.full(layer.shape, 0.25) for layer in base.model.layers}
         return SimpleNamespace(lora=tiny_lora(), responses=responses, seconds=0.5)
 
     monkeypatch.setattr(
-        command_line, "load_hypernetwork", lambda path, dtype: SimpleNamespace(condition=description)
+        command_line, "load_hypernetwork", lambda path, dtype: SimpleNamespace(conditions=known)
     )
     monkeypatch.setattr(command_line, "predict", predict)
     return seen
@@ -85,13 +83,10 @@ def untrained_hypernetwork():
     layers = tuple(
         LayerDescription(layer.name, layer.depth, layer.kind, layer.shape) for layer in base.layers
     )
-    config = HypernetworkConfig(
-        condition_width=WIDTH, out_features=DIM, in_features=DIM, rank=RANK,
-        patch=8, width=16, heads=2, blocks=1, feature_blocks=(0,),
-    )  # fmt: skip
+    config = HypernetworkConfig(rank=RANK, grid=(2, 2), width=16, heads=2, blocks=1, feature_blocks=(0,))
     condition = ConditionDescription("text", WIDTH, ("a", "person"), "a person")
     torch.manual_seed(0)
-    return Hypernetwork(config, BaseDescription(base.name, layers, "0123456789abcdef"), condition)
+    return Hypernetwork(config, BaseDescription(base.name, layers, "0123456789abcdef"), (condition,))
 
 
 def arguments(files, *more, condition="condition.safetensors", out="lora.safetensors"):
@@ -161,7 +156,8 @@ def test_a_base_that_the_hypernetwork_does_not_fit_is_refused(files, capsys):
 def test_predict_passes_its_options_on(files, calls):
     command_line.main(arguments(files, "--dtype", "bfloat16"))
     assert calls[0]["dtype"] is torch.bfloat16 and calls[0]["device"] == torch.device("cpu")
-    assert calls[0]["condition"].shape == (1, 5, WIDTH)
+    ((kind, given),) = calls[0]["conditions"].items()
+    assert kind == "text" and given.values.shape == (1, 5, WIDTH) and given.strength is None
 
 
 def test_predict_writes_response_maps_and_their_picture(files, calls):
@@ -177,7 +173,7 @@ def test_predict_writes_response_maps_and_their_picture(files, calls):
 @pytest.mark.parametrize(
     ("more", "parts"),
     [
-        (["--prompt", "a person"], ["--prompt", "not allowed with", "--help"]),
+        (["--prompt", "a person"], ["condition.safetensors", "holds text", "its own option too"]),
         (["--strength", "nan"], ["not a finite number"]),
         (["--strength", "much"], ["--strength"]),
         (["--device", "cuda:77"], ["cuda:77", "no such device"]),

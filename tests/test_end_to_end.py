@@ -13,6 +13,7 @@ from tiny_tasks import ACTIONS, DIM, RANK, Tasks, sized_network
 from lofa_core.normalisation import TargetStatistics
 from training.config import EndToEndConfig
 from training.end_to_end import EndToEnd
+from training.factors import Factors
 from training.trainer import train
 
 
@@ -20,7 +21,7 @@ def end_to_end(randomised=False, **changes):
     settings = {"steps": 3, "tasks": 2, "clips": 1, "warm_up": 1, "validate_every": 0} | changes
     net = sized_network(randomised=randomised)
     draw = torch.Generator().manual_seed(0)
-    net.statistics.start(0.1 * torch.randn(8, RANK, DIM, generator=draw), scale=0.05)
+    net.statistics["48x48"].start(0.1 * torch.randn(8, RANK, DIM, generator=draw), scale=0.05)
     data = Tasks(ACTIONS[:2], clips=1)
     return EndToEnd(net, data, EndToEndConfig(**settings), torch.device("cpu"))
 
@@ -44,10 +45,11 @@ def test_a_start_without_loras_is_no_change_in_units_of_its_own():
 
 def test_it_starts_as_the_base_model_and_learns_from_clips_alone(tmp_path):
     stage = end_to_end(steps=40, fine_prompts=0.0, learning_rate=1e-2, output_scale=0.5)
-    W = stage.data.stacked_weights()
+    (W,) = stage.data.weights_by_shape()
 
     def predicted():
-        A, B, _ = stage.hypernetwork(W, stage.index, stage.data.conditions(["someone can wave"]))
+        given = stage.data.conditions([{"text": "someone can wave"}])
+        A, B, _ = stage.hypernetwork(W, torch.arange(8), given)
         return B @ A
 
     @torch.no_grad()
@@ -70,15 +72,14 @@ def test_gradients_reach_both_trunks_and_stage_twos_heads():
     sum(losses.values()).backward()
     missing = [n for n, p in stage.module.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
     assert missing == []
-    assert all(p.grad is None for p in stage.hypernetwork.stage1.heads.to_A.parameters())
+    assert all(p.grad is None for p in stage.hypernetwork.stage1.heads.parameters())
 
 
 def test_the_size_is_the_mean_square_of_what_the_network_puts_out():
     stage = end_to_end()
-    statistics, index = stage.hypernetwork.statistics, stage.index
     out_A, out_B = torch.randn(2, 8, RANK, DIM), torch.randn(2, 8, DIM, RANK)
-    factors = statistics.denormalise(out_A, out_B, index)
-    found = stage._on_factors(factors, torch.tensor([-1, -1]))
+    A, B = stage.hypernetwork.statistics["48x48"].denormalise(out_A, out_B, torch.arange(8))
+    found = stage._on_factors(Factors((A,), (B,)), torch.tensor([-1, -1]))
     assert found["size"].item() == pytest.approx(
         (out_A.square().mean() + out_B.square().mean()).item(), rel=1e-3
     )
@@ -93,7 +94,7 @@ def test_activations_computed_again_in_the_backward_pass_give_the_same_gradients
         for part in (stage.hypernetwork.stage1, stage.hypernetwork.stage2):
             part.trunk.checkpoint_activations = again
         calls = []
-        stage.model.blocks[0].register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        stage.denoiser.model.blocks[0].register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         stage.hypernetwork.stage2.trunk.blocks[0].register_forward_pre_hook(
             lambda *_, calls=calls: calls.append(2)
         )

@@ -8,22 +8,14 @@ import pytest
 import torch
 from tiny_tasks import ACTIONS, HELD_OUT, Tasks, loras, sized_network
 
-from training import evaluate as module
 from training import flow
+from training import judge as module
 from training.config import EvaluationConfig
-from training.evaluate import (
-    BASELINES,
-    Judge,
-    Method,
-    evaluate,
-    predicted_factors,
-    response_figures,
-    summarise,
-)
-from training.injection import target_modules
+from training.denoisers import WanDenoiser
+from training.evaluate import BASELINES, Sharing, added, evaluate, summarise
+from training.judge import Judge, Method, predicted_factors, response_figures
 from training.lora_dataset import LoRADataset
 from training.miniature import evaluator as evaluator_module
-from training.miniature import world
 
 SETTINGS = EvaluationConfig(clips_per_task=2, sampling_steps=2, seed=7)
 
@@ -56,33 +48,7 @@ def judge(monkeypatch, data):
     config = SimpleNamespace(latents_mean=[0.0] * 16, latents_std=[1.0] * 16)
     monkeypatch.setattr(module, "load_vae", lambda base: SimpleNamespace(config=config))
     monkeypatch.setattr(module, "WholeClipVAE", Decoder)
-    return Judge(data, SETTINGS, Reader())
-
-
-def root(matrix):
-    values, vectors = np.linalg.eigh(matrix)
-    return (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
-
-
-def test_the_frechet_distance_is_that_of_two_gaussians():
-    rng = np.random.default_rng(0)
-    a, b = rng.normal(size=(200, 6)) @ rng.normal(size=(6, 6)), 0.5 + 2.0 * rng.normal(size=(90, 6))
-    A, B = np.cov(a.T), np.cov(b.T)
-    inner = root(root(A) @ B @ root(A))  # the symmetric form, by eigenvectors of symmetric matrices alone
-    wanted = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(A + B - 2.0 * inner)
-    found = evaluator_module.frechet_distance(a, b)
-    assert found == pytest.approx(wanted, rel=1e-6)
-    assert evaluator_module.frechet_distance(b, a) == pytest.approx(found, rel=1e-6)
-    assert evaluator_module.frechet_distance(a, a) == pytest.approx(0.0, abs=1e-6)
-    assert evaluator_module.frechet_distance(a, a + 3.0) == pytest.approx(6 * 9.0)
-
-
-def test_the_frechet_distance_takes_fewer_clips_than_features():
-    rng = np.random.default_rng(1)
-    a, b = rng.normal(size=(5, 12)), rng.normal(size=(7, 12))
-    A, B = np.cov(a.T), np.cov(b.T)
-    wanted = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(A + B - 2.0 * root(root(A) @ B @ root(A)))
-    assert evaluator_module.frechet_distance(a, b) == pytest.approx(wanted, rel=1e-4)
+    return Judge(data, HELD_OUT, SETTINGS, Reader())
 
 
 def test_scores_by_hand(judge, monkeypatch):
@@ -103,7 +69,7 @@ def test_scores_by_hand(judge, monkeypatch):
 def merged(data, A, B):
     model = copy.deepcopy(data.model)
     names = [layer.name for layer in data.weights.model.layers]
-    for number, module_ in enumerate(target_modules(model, names).values()):
+    for number, module_ in enumerate(WanDenoiser(model).modules(names).values()):
         module_.weight += B[number] @ A[number]
     return model
 
@@ -115,8 +81,8 @@ def flow_matching_by_hand(judge, data, factors, sentences):
     for time in (0.2, 0.4, 0.6, 0.8, 0.95):
         noise = torch.randn_like(clean)
         for task in range(7):
-            model = merged(data, *(part[task] for part in factors)) if factors else data.model
-            text = data.prompts([sentences[task]])
+            model = merged(data, factors.A[0][task], factors.B[0][task]) if factors else data.model
+            text = data.prompts([sentences[task]]).states
             for clip in (2 * task, 2 * task + 1):
                 x = (1 - time) * clean[clip] + time * noise[clip]
                 said = model(x[None], torch.tensor([1000.0 * time]), text, return_dict=False)[0][0]
@@ -140,8 +106,8 @@ def test_flow_matching_loss_is_measured_at_each_task_with_its_own_lora_and_promp
 
 
 def test_clips_are_drawn_with_each_tasks_own_lora_from_noise_that_all_methods_share(judge, data, monkeypatch):
-    (A, B), drawn = loras(7), {}
-    for name, factors in {"base": None, "own": (A, B), "zero": (A, 0 * B), "again": (A, B)}.items():
+    own, drawn = loras(7), {}
+    for name, factors in {"base": None, "own": own, "zero": own.scaled(0.0), "again": own}.items():
         monkeypatch.setattr(judge, "score", lambda latents, name=name: drawn.update({name: latents}) or {})
         judge.measure(Method(name, factors))
     assert torch.allclose(drawn["zero"], drawn["base"], atol=1e-5)
@@ -152,8 +118,8 @@ def test_clips_are_drawn_with_each_tasks_own_lora_from_noise_that_all_methods_sh
         torch.randn(drawn["own"].shape)
     noise = torch.randn(drawn["own"].shape)
     for task in (0, 5):
-        model, part = merged(data, A[task], B[task]), slice(2 * task, 2 * task + 2)
-        text = data.coarse().expand(2, -1, -1)
+        model, part = merged(data, own.A[0][task], own.B[0][task]), slice(2 * task, 2 * task + 2)
+        text = data.coarse().states.expand(2, -1, -1)
         wanted = flow.sample(
             lambda x, t, model=model, text=text: model(x, t * 1000.0, text, return_dict=False)[0],
             noise[part],
@@ -165,37 +131,47 @@ def test_clips_are_drawn_with_each_tasks_own_lora_from_noise_that_all_methods_sh
 
 @torch.no_grad()
 def test_guidance_moves_away_from_the_empty_prompt_with_the_lora_in_both(judge, data):
-    A, B = loras(7)
-    x, times = torch.randn(2, 16, 2, 4, 4), torch.tensor([0.5, 0.7])
-    found = judge._velocity(Method("a", (A, B), "fine", 2.5), slice(3, 4))(x, times)
-    model = merged(data, A[3], B[3])
-    fine, empty = (
-        model(x, times * 1000.0, data.prompts([text]).expand(2, -1, -1), return_dict=False)[0]
-        for text in (judge.sentences[3], "")
-    )
-    assert torch.allclose(found, empty + 2.5 * (fine - empty), atol=1e-4) and not torch.allclose(
-        found, fine, atol=1e-2
-    )
+    own, noise = loras(7)[3:4], torch.randn(2, 16, 2, 4, 4)
+    model = merged(data, own.A[0][0], own.B[0][0])
+    fine, empty = (data.prompts([text]).expanded(2) for text in (judge.sentences[3], ""))
+
+    def by_hand(guidance):
+        def velocity(x, times):
+            said, unsaid = (
+                model(x, times * 1000.0, text.states, return_dict=False)[0] for text in (fine, empty)
+            )
+            return unsaid + guidance * (said - unsaid)
+
+        return flow.sample(velocity, noise, 2, 3.0)
+
+    for guidance in (1.0, 2.5):
+        found = judge._sampled(Method("a", own, "fine", guidance), noise, fine, own)
+        assert torch.allclose(found, by_hand(guidance), atol=1e-4)
+    assert not torch.allclose(by_hand(2.5), by_hand(1.0), atol=1e-2)
 
 
 def test_predicted_factors_are_those_of_each_sentence_alone(data):
     net, sentences = sized_network(), ["please hop now", "a much longer sentence to lean on", "sit"]
-    A, B = predicted_factors(net, data, sentences)
-    for row, sentence in enumerate(sentences):
+    (W,), told = data.weights_by_shape(), [{"text": sentence} for sentence in sentences]
+    found = predicted_factors(net, data, told)
+    for row, one in enumerate(told):
         with torch.no_grad():
-            a, b, _ = net(data.stacked_weights(), torch.arange(8), data.conditions([sentence]))
-        assert torch.allclose(A[row], a[0], atol=1e-5) and torch.allclose(B[row], b[0], atol=1e-5)
+            a, b, _ = net(W, torch.arange(8), data.conditions([one]))
+        assert torch.allclose(found.A[0][row], a[0], atol=1e-5)
+        assert torch.allclose(found.B[0][row], b[0], atol=1e-5)
 
 
 def test_response_figures_by_hand(data):
-    net, sentences = sized_network(), [f"please {action} now" for action in HELD_OUT]
-    known = LoRADataset(*loras(4, 1, 0.02), ACTIONS)
-    wanted = LoRADataset(*loras(7, 2, 0.02), HELD_OUT)
-    found = response_figures(net, data, sentences, known, wanted)
-    W = data.stacked_weights().double().numpy()
+    net, told = sized_network(), [{"text": f"please {action} now"} for action in HELD_OUT]
+    known = LoRADataset(loras(4, 1, 0.02), ACTIONS)
+    wanted = LoRADataset(loras(7, 2, 0.02), HELD_OUT)
+    found = response_figures(net, data, told, known, wanted)
+    (weights,) = data.weights_by_shape()
+    W = weights.double().numpy()
 
     def maps(dataset):
-        deltas = np.einsum("klor,klri->kloi", dataset.B.double().numpy(), dataset.A.double().numpy())
+        A, B = (part[0].double().numpy() for part in (dataset.loras.A, dataset.loras.B))
+        deltas = np.einsum("klor,klri->kloi", B, A)
         return (np.abs(deltas / W) > 0.02).astype(float).reshape(len(deltas), -1)
 
     def cosine(a, b):
@@ -204,10 +180,10 @@ def test_response_figures_by_hand(data):
     mean, real = maps(known).mean(0), maps(wanted)
     small = (np.abs(W) < np.median(np.abs(W))).astype(float).reshape(-1)
     guesses = []
-    for sentence in sentences:
+    for one in told:
         with torch.no_grad():
-            response = net(data.stacked_weights(), torch.arange(8), data.conditions([sentence]))[2]
-        guesses.append(response.probability(data.stacked_weights())[0].double().numpy().reshape(-1))
+            response = net(weights, torch.arange(8), data.conditions([one]))[2]
+        guesses.append(response.probability(weights)[0].double().numpy().reshape(-1))
     pairs = list(zip(guesses, real, strict=True))
     assert found == pytest.approx(
         {
@@ -252,7 +228,7 @@ def test_a_baseline_is_beaten_only_where_it_is_on_all_three_measures(measure):
 
 
 def test_the_whole_table_has_every_row_and_the_figures_of_its_summary(judge, data):
-    known, wanted = LoRADataset(*loras(4, 1), ACTIONS), LoRADataset(*loras(7, 2, 0.5), HELD_OUT)
+    known, wanted = LoRADataset(loras(4, 1), ACTIONS), LoRADataset(loras(7, 2, 0.5), HELD_OUT)
     said = []
     found = evaluate(
         sized_network(), data, SETTINGS, known, wanted, Reader(), lambda name, _: said.append(name), more=True
@@ -264,16 +240,18 @@ def test_the_whole_table_has_every_row_and_the_figures_of_its_summary(judge, dat
     )
     assert {"frechet_gap_closed", "joint_gap_closed", "stage1_centred_cosine", "beaten"} <= set(found)
     assert found["beaten"] == summarise(found["rows"])["beaten"]
-    own = judge.measure(Method("own", (wanted.A, wanted.B)))
+    assert found["condition"] == "text"
+    own = judge.measure(Method("own", wanted.loras))
     assert found["rows"]["per-task LoRA"] == pytest.approx(own, rel=1e-3, abs=1e-6)
-    predicted = predicted_factors(sized_network(), data, judge.sentences)
+    told = [{"text": sentence} for sentence in judge.sentences]
+    predicted = predicted_factors(sized_network(), data, told)
     assert found["rows"]["LoFA"] == pytest.approx(
         judge.measure(Method("ours", predicted)), rel=1e-3, abs=1e-6
     )
 
 
 def test_processes_share_the_rows_and_each_gets_the_whole_table(judge, data, monkeypatch):
-    known, wanted = LoRADataset(*loras(4, 1), ACTIONS), LoRADataset(*loras(7, 2, 0.5), HELD_OUT)
+    known, wanted = LoRADataset(loras(4, 1), ACTIONS), LoRADataset(loras(7, 2, 0.5), HELD_OUT)
     whole = evaluate(sized_network(), data, SETTINGS, known, wanted, Reader())["rows"]
     said = []
 
@@ -282,7 +260,8 @@ def test_processes_share_the_rows_and_each_gets_the_whole_table(judge, data, mon
         return [{name: row for name, row in whole.items() if name not in mine[0]}, *mine]
 
     monkeypatch.setattr("training.evaluate.gather_object", gathered)
-    found = evaluate(sized_network(), data, SETTINGS, known, wanted, Reader(), process=1, processes=2)["rows"]
+    shared = evaluate(sized_network(), data, SETTINGS, known, wanted, Reader(), sharing=Sharing(1, 2))
+    found = shared["rows"]
     assert said == [name for name in whole if name != "real clips"][1::2]
     assert list(found) == list(whole)
     for name, row in whole.items():
@@ -290,59 +269,16 @@ def test_processes_share_the_rows_and_each_gets_the_whole_table(judge, data, mon
 
 
 def test_loras_of_other_actions_are_refused(judge, data):
-    known = LoRADataset(*loras(4, 1), ACTIONS)
+    known = LoRADataset(loras(4, 1), ACTIONS)
     for actions in (HELD_OUT[:6], HELD_OUT[::-1]):
-        wanted = LoRADataset(*loras(len(actions), 2), actions)
+        wanted = LoRADataset(loras(len(actions), 2), actions)
         with pytest.raises(ValueError, match="held-out"):
             evaluate(sized_network(), data, SETTINGS, known, wanted, Reader())
 
 
-def test_the_evaluator_reads_each_clip_by_itself_and_comes_back_from_its_file(tmp_path):
-    torch.manual_seed(0)
-    model = evaluator_module.Evaluator().eval()
-    clips = np.random.default_rng(0).integers(0, 256, (66, 17, 64, 64, 3), np.uint8)  # more than one part
-    indices, features = model.read(clips)
-    assert indices.shape == (66, 6) and features.shape == (66, evaluator_module.FEATURES)
-    assert [len(head.bias) for head in model.heads] == [len(values) for values in world.FACTORS.values()]
-    for row in (0, 65):
-        alone, its_features = model.read(clips[row : row + 1])
-        assert np.allclose(features[row], its_features[0], atol=1e-5) and (alone[0] == indices[row]).all()
-        logits = [head(torch.from_numpy(features[row]).float()) for head in model.heads]
-        assert [int(part.argmax()) for part in logits] == list(indices[row])
-    evaluator_module.save(model, tmp_path / "evaluator.safetensors")
-    again = evaluator_module.load(tmp_path / "evaluator.safetensors")
-    assert not again.training and np.allclose(again.read(clips[:4])[1], features[:4], atol=0.02)
-
-
-def test_the_evaluators_training_repeats_by_seed():
-    clips = np.random.default_rng(0).integers(0, 256, (4, 17, 64, 64, 3), np.uint8)
-    labels = np.zeros((4, 6), int)
-    first, again, other = (
-        evaluator_module.train(evaluator_module.halved(clips), labels, 3, batch=2, seed=seed).features.weight
-        for seed in (0, 0, 1)
-    )
-    assert torch.allclose(first, again, atol=1e-6) and not torch.allclose(first, other, atol=1e-3)
-
-
-def test_halving_is_the_mean_of_four_pixels():
-    clips = np.random.default_rng(1).integers(0, 256, (2, 17, 64, 64, 3), np.uint8)
-    small = evaluator_module.halved(clips)
-    assert small.shape == (2, 17, 32, 32, 3) and small.dtype == np.uint8
-    corner = clips[1, 5, 10:12, 20:22].astype(float).mean((0, 1))
-    assert np.allclose(small[1, 5, 5, 10], corner, atol=0.5)
-
-
-def test_a_mirrored_clip_has_left_and_right_exchanged_and_nothing_else():
-    exchanged = {"left": "right", "left_arm": "right_arm", "left_leg": "right_leg"}
-    exchanged |= {right: left for left, right in exchanged.items()}
-    for row, values in enumerate(world.FACTORS.values()):
-        for index, value in enumerate(values):
-            assert values[evaluator_module._MIRRORED[row, index]] == exchanged.get(value, value)
-
-
-def test_the_shipped_evaluator_reads_drawn_held_out_clips():
-    _, held_out = world.split_actions(32, 0)
-    rng = np.random.default_rng(17)
-    clips = np.stack([world.draw_clip(action, world.random_look(rng), rng) for action in held_out])
-    read, _ = evaluator_module.load().read(clips)
-    assert (read == [action.indices() for action in held_out]).all(1).mean() > 0.9
+def test_loras_added_up_change_the_weights_by_the_sum_of_both_changes():
+    first, second = loras(3, 1), loras(3, 2)
+    both = added(first, second)
+    assert both.A[0].shape[2] == 4
+    (found,), (one,), (other,) = (some.deltas() for some in (both, first, second))
+    assert torch.allclose(found, one + other, atol=1e-6) and not torch.allclose(found, one, atol=1e-2)

@@ -22,7 +22,7 @@ def test_the_base_has_the_real_models_tensors():
 def test_the_hypernetwork_has_the_published_number_of_parameters():
     layers = describe(full_size.base_shapes()).layers
     base = BaseDescription("WAN2.1-T2V-1.3B", layers)
-    net = Hypernetwork.unfilled(full_size.RELEASED, base, ConditionDescription("text", 4096))
+    net = Hypernetwork.unfilled(full_size.RELEASED, base, (ConditionDescription("text", 4096),))
     stages = [sum(p.numel() for p in stage.parameters()) for stage in (net.stage1, net.stage2)]
     assert [round(count / 1e6, 1) for count in stages] == [199.3, 213.5]
 

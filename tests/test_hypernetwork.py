@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import CONFIG, WORDS_WIDE, condition, describe, generator, network, weights
+from tiny import CONFIG, WORDS_WIDE, condition, describe, generator, network, text, weights
 from torch.nn import functional as F
 
+from lofa_core.blocks import Attention
 from lofa_core.checkpoint import load_hypernetwork, save_hypernetwork
 from lofa_core.hypernetwork import GaussianResponse
-from lofa_core.trunk import Attention
 
 
 def close(a, b, tolerance=1e-5):
@@ -105,8 +105,7 @@ def test_patches_hold_the_scaled_weights_and_their_log_magnitudes_in_place():
 
 
 def test_rows_and_columns_are_means_over_the_other_axis_plus_the_summary():
-    config = replace(CONFIG, in_features=24)
-    trunk = network(config=config).stage1.trunk
+    trunk = network(config=replace(CONFIG, grid=(2, 3)), base=describe(shape=(16, 24))).stage1.trunk
     tokens = torch.randn(2, 3, 1 + 2 * 3, 16, generator=generator(0))
     rows, columns = trunk.by_row_and_column(tokens)
     assert rows.shape == (2, 3, 2, 16) and columns.shape == (2, 3, 3, 16)
@@ -119,7 +118,7 @@ def test_rows_and_columns_are_means_over_the_other_axis_plus_the_summary():
 
 def test_factor_heads_read_each_row_and_column_from_its_own_token():
     net, index = network(), torch.tensor([4, 9])
-    heads, s = net.stage1.heads, net.statistics
+    heads, s = net.stage1.heads["16x16"], net.statistics["16x16"]
     rows, columns = torch.randn(1, 2, 2, 16), torch.randn(1, 2, 2, 16)
     A, B = heads(rows, columns, index)
     assert A.shape == (1, 2, 3, 16) and B.shape == (1, 2, 16, 3)
@@ -137,13 +136,13 @@ def test_factor_heads_read_each_row_and_column_from_its_own_token():
 def test_the_condition_is_pooled_by_learned_queries_over_its_tokens():
     trunk, given = network().stage1.trunk, condition(tokens=3)
     padded = torch.cat([given, torch.zeros(1, 2, WORDS_WIDE)], 1)
-    found = trunk.project(padded)
-    tokens = [trunk.condition_proj(row) for row in given[0]]
+    found = trunk.project(text(padded))
+    tokens = [trunk.condition_proj["text"](row) for row in given[0]]
     pooled = []
     for query in trunk.pooling_queries:
         weight = [math.exp((query @ token).item()) for token in tokens]
         pooled.append(sum(w / sum(weight) * token for w, token in zip(weight, tokens, strict=True)))
-    assert close(found.summary[0], trunk.summary(torch.cat(pooled)))
+    assert close(found.summary[0], trunk.summary["text"](torch.cat(pooled)))
     assert found.bias is None  # the padding is left out altogether
     for block, (keys, values) in zip(trunk.blocks, found.keys_values, strict=True):
         attention, rows = block.cross_attention, torch.stack(tokens)
@@ -153,18 +152,19 @@ def test_the_condition_is_pooled_by_learned_queries_over_its_tokens():
 
 def test_an_untrained_network_predicts_the_mean_lora_and_its_spread():
     net = network(randomised=False)
-    net.statistics.fit(torch.randn(4, 16, 3, 16), torch.randn(4, 16, 16, 3))
+    (statistics,) = net.statistics.values()
+    statistics.fit(torch.randn(4, 16, 3, 16), torch.randn(4, 16, 16, 3))
     index = torch.tensor([2, 11])
-    A, B, response = net(weights()[index], index, condition(2))
+    A, B, response = net(weights()[index], index, text(count=2))
     for a, b in ((A, B), (response.A, response.B)):
-        assert close(a, net.statistics.A_mean[index].expand(2, -1, -1, -1))
-        assert close(b, net.statistics.B_mean[index].expand(2, -1, -1, -1))
+        assert close(a, statistics.A_mean[index].expand(2, -1, -1, -1))
+        assert close(b, statistics.B_mean[index].expand(2, -1, -1, -1))
     spread = response.row_log_deviation[..., None] + response.column_log_deviation[..., None, :]
-    assert close(spread, net.statistics.delta_log_deviation[index].view(1, 2, 1, 1).expand(2, 2, 16, 16))
+    assert close(spread, statistics.delta_log_deviation[index].view(1, 2, 1, 1).expand(2, 2, 16, 16))
 
 
 def outputs(net, W, index, given):
-    A, B, response = net(W, index, given)
+    A, B, response = net(W, index, text(given))
     return [A, B, response.A, response.B, response.row_log_deviation, response.column_log_deviation]
 
 
@@ -196,20 +196,21 @@ def test_conditions_and_layers_do_not_see_each_other():
 
 @torch.no_grad()
 def test_the_weights_and_the_layer_both_matter():
-    net, W, given = network(), weights(), condition()
+    net, W, given = network(), weights(), text()
     A, B, _ = net(W[:1], torch.tensor([0]), given)
+    (statistics,) = net.statistics.values()
     changed_weights = net(W[:1].roll(1, 2), torch.tensor([0]), given)
     assert not close(A, changed_weights[0], 1e-4) and not close(B, changed_weights[1], 1e-4)
-    normalised = net.statistics.normalise(A, B, torch.tensor([0]))
+    normalised = statistics.normalise(A, B, torch.tensor([0]))
     for layer in (1, 8):  # another kind in the same block; the same kind in another block
         index = torch.tensor([layer])
-        other = net.statistics.normalise(*net(W[:1], index, given)[:2], index)
+        other = statistics.normalise(*net(W[:1], index, given)[:2], index)
         assert not close(normalised[0], other[0], 1e-4) and not close(normalised[1], other[1], 1e-4)
 
 
 @torch.no_grad()
 def test_the_unit_of_the_weights_moves_the_map_and_not_the_lora():
-    net, W, index, given = network(), weights(), torch.arange(16), condition()
+    net, W, index, given = network(), weights(), torch.arange(16), text()
     A, B, response = net(W, index, given)
     scaled_A, scaled_B, scaled = net(256.0 * W, index, given)
     assert close(A, scaled_A, 1e-4) and close(B, scaled_B, 1e-4)
@@ -219,7 +220,7 @@ def test_the_unit_of_the_weights_moves_the_map_and_not_the_lora():
 
 @torch.no_grad()
 def test_stage_two_started_from_stage_one_gives_its_a_and_b():
-    net, W, index, given = network(), weights(), torch.arange(16), condition(3)
+    net, W, index, given = network(), weights(), torch.arange(16), text(count=3)
     before = net(W, index, given)
     assert not close(before[0], before[2].A, 1e-2)
     net.stage2.start_from(net.stage1)
@@ -230,11 +231,11 @@ def test_stage_two_started_from_stage_one_gives_its_a_and_b():
 
 @torch.no_grad()
 def test_stage_two_attends_to_the_features_in_its_feature_blocks_alone():
-    net, W, index = network(), weights(), torch.arange(16)
-    given = net.stage2.trunk.project(condition())
+    net = network()
+    layers, given = net.look_at(weights(), torch.arange(16)), net.stage2.trunk.project(text())
     features = torch.randn(1, 16, 5, 16, generator=generator(0))
-    A, B = net.stage2(net.patches(W), index, given, features)
-    other_A, other_B = net.stage2(net.patches(W), index, given, features.flip(-1))
+    A, B = net.stage2(layers, given, features)
+    other_A, other_B = net.stage2(layers, given, features.flip(-1))
     assert not close(A, other_A, 1e-4) and not close(B, other_B, 1e-4)
     assert [block.feature_attention is not None for block in net.stage2.trunk.blocks] == [False, True]
     assert all(block.feature_attention is None for block in net.stage1.trunk.blocks)
@@ -253,7 +254,7 @@ def test_stage_two_attends_to_the_features_in_its_feature_blocks_alone():
 )
 def test_each_choice_of_the_design_works_alone_and_is_kept_in_the_file(tmp_path, changes):
     net, W, index = network(config=replace(CONFIG, **changes)), weights(), torch.arange(16)
-    given = torch.cat([condition(), torch.zeros(1, 3, WORDS_WIDE)], 1)
+    given = text(torch.cat([condition(), torch.zeros(1, 3, WORDS_WIDE)], 1))
     A, B, response = net(W, index, given)
     maps = response.probability(W)
     assert A.shape == (1, 16, 3, 16) and B.shape == (1, 16, 16, 3) and maps.shape == (1, 16, 16, 16)
@@ -271,21 +272,22 @@ def test_rows_of_padding_are_left_out_or_weigh_as_many_as_they_are(masked):
     given = torch.cat([condition(tokens=6, seed=3), condition(tokens=6, seed=4)])
     given[0, 2:], given[1, 4:], given[1, 1] = 0.0, 0.0, 0.0
     attention, x = trunk.blocks[0].cross_attention, torch.randn(2, 5, 16, generator=generator(0))
-    found = trunk.project(given)
+    found = trunk.project(text(given))
     assert found.keys_values[0][0].shape[2] == (4 if masked else 5)  # the longest prompt, one row for padding
     for b in range(2):
         rows = given[b][(given[b] != 0).any(-1)] if masked else given[b]
-        wanted = attention(x[b : b + 1], attention.keys_values(trunk.condition_proj(rows).unsqueeze(0)))
+        wanted = attention(
+            x[b : b + 1], attention.keys_values(trunk.condition_proj["text"](rows).unsqueeze(0))
+        )
         pair = tuple(part[b : b + 1] for part in found.keys_values[0])
         assert close(attention(x[b : b + 1], pair, found.bias[b : b + 1]), wanted)
 
 
 @torch.no_grad()
 def test_weights_need_not_be_square():
-    config = replace(CONFIG, out_features=16, in_features=24)
-    net = network(config=config, base=describe(shape=(16, 24)))
+    net = network(base=describe(shape=(16, 24)))
     W, index = weights(16, 16, 24), torch.arange(16)
-    A, B, response = net(W, index, condition(2))
+    A, B, response = net(W, index, text(count=2))
     assert A.shape == (2, 16, 3, 24) and B.shape == (2, 16, 16, 3)
     assert response.probability(W).shape == (2, 16, 16, 24)
 
@@ -297,14 +299,14 @@ def test_a_condition_without_tokens_is_refused_also_beside_others():
         torch.cat([condition(tokens=4), torch.zeros(1, 4, WORDS_WIDE)]),
     ):
         with pytest.raises(ValueError, match="condition has no tokens"):
-            net(W, index, given)
+            net(W, index, text(given))
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"out_features": 20}, r"out_features = 20 .*patch = 8"),
-        ({"in_features": 12}, r"in_features = 12 .*patch = 8"),
+        ({"grid": (2,)}, r"grid = \(2,\).*rows and columns"),
+        ({"grid": (0, 2)}, r"grid = \(0, 2\)"),
         ({"heads": 3}, r"width = 16 .*heads = 3"),
         ({"feature_blocks": (0, 2)}, r"feature_blocks = \(0, 2\).*0\.\.1"),
         ({"feature_blocks": (-1,)}, r"feature_blocks"),
@@ -316,3 +318,10 @@ def test_a_condition_without_tokens_is_refused_also_beside_others():
 def test_sizes_that_do_not_fit_are_refused_by_name(change, named):
     with pytest.raises(ValueError, match=named):
         replace(CONFIG, **change)
+
+
+@pytest.mark.parametrize("shape", [(20, 16), (16, 12)])
+def test_a_layer_that_the_grid_does_not_divide_is_refused_by_its_shape(shape):
+    named = rf"a layer of {shape[0]}x{shape[1]} cannot be cut into 8x8 patches"
+    with pytest.raises(ValueError, match=named):
+        network(config=replace(CONFIG, grid=(8, 8)), base=describe(shape=shape))

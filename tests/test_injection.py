@@ -7,7 +7,8 @@ import torch
 from tiny import generator
 
 from lofa_core.base_models import WAN_KINDS
-from training.injection import injected, target_modules
+from training.denoisers import WanDenoiser
+from training.injection import injected
 from training.miniature import transformer
 
 NAMES = [f"blocks.{depth}.{kind}" for depth in range(2) for kind in WAN_KINDS]
@@ -25,6 +26,10 @@ def model():
         ) in model.blocks:  # an untrained gate is nearly closed: open it, so that every layer is heard
             block.scale_shift_table.normal_(std=0.7)
     return model
+
+
+def target_modules(model, names):
+    return WanDenoiser(model).modules(names)
 
 
 def factors(tasks, seed=0):

@@ -15,11 +15,14 @@ from lofa_core.checkpoint import load_hypernetwork
 from lofa_core.prediction import predict
 from training import loop, lora_run
 from training.config import DataConfig, LoRAConfig, NetworkConfig, Stage1Config, Stage2Config, TrainingConfig
+from training.evaluate import Sharing
+from training.factors import Factors
 from training.loop import Run
-from training.lora_dataset import LoRADataset, LoRAFolder, task_id
+from training.lora_dataset import LoRADataset, LoRAFolder
 from training.miniature import world
 from training.miniature.latents import LatentClips
 from training.miniature.tasks import MiniatureTasks
+from training.miniature.world_tasks import WorldTask
 
 
 def config(folder, **changes):
@@ -27,7 +30,7 @@ def config(folder, **changes):
         "data": DataConfig(clips_per_task=1, held_out_tasks=20, lora_tasks=2),
         "lora": LoRAConfig(rank=2, steps=3, batch=1, tasks_at_once=10),
         "network": NetworkConfig(
-            patch=48, width=16, heads=2, blocks=2, mlp_ratio=1, pooling_queries=2, feature_blocks=(1,)
+            grid=(2, 2), width=16, heads=2, blocks=2, mlp_ratio=1, pooling_queries=2, feature_blocks=(1,)
         ),
         "stage1": Stage1Config(steps=3, tasks=2, layers=4),
         "stage2": Stage2Config(steps=3, tasks=2, clips=1),
@@ -55,15 +58,15 @@ def finished(tmp_path_factory):
 
 
 def test_loras_are_trained_for_every_held_out_action_and_spread_over_the_training_ones(finished):
-    training, held_out = world.split_actions(20, 0)
+    training, held_out = (list(map(WorldTask, actions)) for actions in world.split_actions(20, 0))
     folder = finished.folder / "loras_held_out"
     files = {path.stem for path in folder.glob("*.safetensors")}
-    assert files == {task_id(action) for action in held_out} == set(LoRAFolder(folder).valid())
-    assert finished._dataset("held_out").actions == held_out
+    assert files == {task.id for task in held_out} == set(LoRAFolder(folder).valid())
+    assert finished._dataset("held_out").tasks == held_out
     known = finished._dataset("training")
-    assert known.actions == [training[0], training[230]] and known.A.shape == (2, 32, 2, 96)
-    assert known.B.abs().amax(dim=(2, 3)).min() > 0
-    assert not set(known.actions) & set(held_out)
+    assert known.tasks == [training[0], training[230]] and known.loras.A[0].shape == (2, 32, 2, 96)
+    assert known.loras.B[0].abs().amax(dim=(2, 3)).min() > 0
+    assert not set(known.tasks) & set(held_out)
     assert "20 trained, 0 were there" in finished.console.file.getvalue()
 
 
@@ -76,20 +79,20 @@ def test_what_is_written_is_a_hypernetwork_for_the_base(finished):
     for key, value in stage1.stage1.state_dict().items():
         assert torch.allclose(network.stage1.state_dict()[key], value, atol=1e-3, rtol=1e-2)
     known = finished._dataset("training")
-    assert torch.allclose(stage1.statistics.A_mean, known.A.mean(0), atol=1e-5)
+    assert torch.allclose(stage1.statistics["96x96"].A_mean, known.loras.A[0].mean(0), atol=1e-5)
     assert network.config.rank == 2 and network.config.feature_blocks == (1,)
     base = BaseWeights.open(miniature.FOLDER)
     assert network.base.fingerprint == base.fingerprint()
-    found = predict(network, base, finished.data.conditions(["a person jumps up"]))
+    found = predict(network, base, finished.data.conditions([{"text": "a person jumps up"}]))
     assert len(found.lora) == 32 and all(torch.isfinite(found.lora.delta(name)).all() for name in found.lora)
 
 
 def test_loras_that_are_lost_are_trained_again_and_no_others(finished, monkeypatch):
     trained = []
 
-    def counted(model, layers, clips, *rest, **kwargs):
+    def counted(denoiser, layers, clips, *rest, **kwargs):
         trained.extend(clips)
-        return real(model, layers, clips, *rest, **kwargs)
+        return real(denoiser, layers, clips, *rest, **kwargs)
 
     real = lora_run.train_loras
     monkeypatch.setattr(lora_run, "train_loras", counted)
@@ -97,14 +100,14 @@ def test_loras_that_are_lost_are_trained_again_and_no_others(finished, monkeypat
     assert trained == []
     lost = finished.data.held_out[7]
     before = finished._dataset("held_out")
-    (finished.folder / "loras_held_out" / f"{task_id(lost)}.safetensors").unlink()
+    (finished.folder / "loras_held_out" / f"{lost.id}.safetensors").unlink()
     again = Run(finished.config, finished.console)  # as after an interruption
     again.data.held_out_clips = finished.data.held_out_clips
     held_out, training = again.lora_dataset()
     after = again._dataset("held_out")
-    assert trained == [task_id(lost)] == list(held_out.done) and len(training.skipped) == 2
-    assert after.actions == before.actions
-    assert torch.allclose(after.A, before.A, atol=1e-3) and torch.allclose(after.B, before.B, atol=1e-3)
+    assert trained == [lost.id] == list(held_out.done) and len(training.skipped) == 2
+    assert after.tasks == before.tasks
+    assert torch.allclose(after.loras.flat(), before.loras.flat(), atol=1e-3)
 
 
 def test_ray_and_torchrun_exclude_each_other(finished, monkeypatch):
@@ -119,7 +122,7 @@ def test_parts_that_come_too_early_say_what_is_missing(tmp_path, monkeypatch):
     for part in (run.stage1, run.stage2):
         with pytest.raises(ValueError, match="no LoRAs here yet. Run `lora-dataset`"):
             part()
-    monkeypatch.setattr(run, "_dataset", lambda name: LoRADataset(torch.zeros(0), torch.zeros(0), []))
+    monkeypatch.setattr(run, "_dataset", lambda name: LoRADataset(Factors((), ()), []))
     with pytest.raises(FileNotFoundError, match=r"stage1\.safetensors"):
         run.stage2()
 
@@ -139,8 +142,8 @@ def test_evaluation_says_its_table_and_keeps_its_figures(finished, monkeypatch):
         "beaten": ["base"],
     }
 
-    def measured(network, data, settings, known, wanted, evaluator, report, process, processes, more):
-        assert (process, processes, more) == (0, 1, False)
+    def measured(network, data, settings, known, wanted, evaluator, report, sharing, more):
+        assert (sharing, more) == (Sharing(0, 1), False)
         given.update(network=network, known=known, wanted=wanted, evaluator=evaluator)
         return figures
 
@@ -148,7 +151,7 @@ def test_evaluation_says_its_table_and_keeps_its_figures(finished, monkeypatch):
     monkeypatch.setattr(loop.evaluator_module, "load", lambda: "the evaluator")
     found = finished.evaluate(finished.folder / "hypernetwork.safetensors")
     assert given["network"].config.rank == 2 and given["evaluator"] == "the evaluator"
-    assert given["wanted"].actions == finished.data.held_out and len(given["known"].actions) == 2
+    assert given["wanted"].tasks == finished.data.held_out and len(given["known"].tasks) == 2
     assert (
         found["frechet_gap_closed"] == 0.6123
         and found["rows"]["base"]["joint"] == 0.1235
@@ -163,6 +166,6 @@ def test_held_out_clips_come_from_seeds_of_their_own(finished):
     data = MiniatureTasks(finished.config.data, finished.folder)
     data.held_out = data.held_out[:2]
     first, again, other = (data.held_out_clips(2, offset) for offset in (1, 1, 2))
-    assert [first.action(i) for i in range(4)] == [action for action in data.held_out for _ in range(2)]
+    assert [first.action(i) for i in range(4)] == [task.action for task in data.held_out for _ in range(2)]
     assert torch.equal(first.latents, again.latents) and not torch.equal(first.latents, other.latents)
     assert first.latents.dtype == torch.float16 and 0.3 < first.latents.float().std() < 3.0

@@ -10,53 +10,78 @@ from tiny_tasks import RANK, loras, tiny_model
 
 from lofa_core.base_models import BaseWeights
 from lofa_core.lora_files import load_lora, match
-from training.lora_dataset import LoRADataset, LoRAFolder, Record, checksum, task_id, task_metadata
+from training.factors import by_name
+from training.lora_dataset import LoRADataset, LoRAFolder, Record, checksum
 from training.miniature.world import Action, all_actions
+from training.miniature.world_tasks import WorldTask, all_looks
 
-ACTIONS = all_actions()[5:480:150]
+TASKS = [WorldTask(action) for action in all_actions()[5:480:150]]
 BASE = BaseWeights.from_tensors(tiny_model().state_dict()).model
 NAMES = [layer.name for layer in BASE.layers]
 SHIPPED = Path(__file__).resolve().parents[1] / "training" / "miniature"
 
 
 def filled(path):
-    """A folder with a LoRA for each of ACTIONS, and the tensors that went into it."""
-    folder, (A, B) = LoRAFolder(path), loras(len(ACTIONS))
+    """A folder with a LoRA for each of TASKS, and what went into it."""
+    folder, made = LoRAFolder(path), loras(len(TASKS))
     folder.prepare()
-    for action, a, b in zip(ACTIONS, A, B, strict=True):
-        file, sha256 = folder.write(task_metadata(action), NAMES, a, b)
-        folder.append([Record(task_id(action), "done", file, sha256, 0.25, settings={"steps": 3})])
-    return folder, A, B
+    for task, a, b in zip(TASKS, made.A[0], made.B[0], strict=True):
+        file, sha256 = folder.write({"task": task.id} | task.metadata(), NAMES, a, b)
+        folder.append([Record(task.id, "done", file, sha256, 0.25, settings={"steps": 3})])
+    return folder, made
+
+
+def same(found, wanted, tolerance=1e-3):
+    return all(
+        torch.allclose(one, other, atol=tolerance)
+        for one, other in zip((*found.A, *found.B), (*wanted.A, *wanted.B), strict=True)
+    )
 
 
 def test_a_file_of_all_tasks_comes_back_in_order(tmp_path):
-    A, B = loras(4)
-    LoRADataset(A, B, ACTIONS).save(tmp_path / "loras.safetensors")
+    made, look = loras(4), all_looks()[7]
+    mixed = [*TASKS[:2], WorldTask(look=look), WorldTask(TASKS[3].action, look)]
+    for tasks in (TASKS, mixed):
+        LoRADataset(made, tasks).save(tmp_path / "loras.safetensors")
+        found = LoRADataset.load(tmp_path / "loras.safetensors")
+        assert found.tasks == tasks and found.loras.A[0].dtype == found.loras.B[0].dtype == torch.float32
+        assert same(found.loras, made)
+    LoRADataset(made, TASKS).save(tmp_path / "loras.safetensors")
     found = LoRADataset.load(tmp_path / "loras.safetensors")
-    assert found.actions == ACTIONS and found.A.dtype == found.B.dtype == torch.float32
-    assert torch.allclose(found.A, A, atol=1e-3) and torch.allclose(found.B, B, atol=1e-3)
-    assert found.factors().tolist() == [list(action.indices()) for action in ACTIONS]
+    assert found.indices().tolist() == [list(task.action.indices()) for task in TASKS]
     assert [path.name for path in tmp_path.iterdir()] == ["loras.safetensors"]
 
 
 @pytest.mark.parametrize("name", ["training", "held_out"])
 def test_the_shipped_files_still_load(name):
     found = LoRADataset.load(SHIPPED / f"loras_{name}.safetensors")
-    assert found.A.shape == (32, 32, 4, 96) and found.B.shape == (32, 32, 96, 4) and len(found.actions) == 32
+    ((A, B),) = found.loras.pairs()
+    assert A.shape == (32, 32, 4, 96) and B.shape == (32, 32, 96, 4)
+    assert len(set(found.tasks)) == 32 and all(isinstance(task, WorldTask) for task in found.tasks)
 
 
 def test_a_folder_comes_back_in_the_order_asked_for(tmp_path):
-    folder, A, B = filled(tmp_path / "loras")
-    found = folder.load(NAMES, ACTIONS[::-1])
-    assert found.actions == ACTIONS[::-1] and found.A.dtype == torch.float32
-    assert torch.allclose(found.A.flip(0), A, atol=1e-3) and torch.allclose(found.B.flip(0), B, atol=1e-3)
-    some = folder.load(NAMES, [all_actions()[0], ACTIONS[2]])
-    assert some.actions == [ACTIONS[2]] and torch.equal(some.A[0], found.A[1])
+    folder, made = filled(tmp_path / "loras")
+    found = folder.load([NAMES], TASKS[::-1])
+    assert found.tasks == TASKS[::-1] and found.loras.A[0].dtype == torch.float32
+    assert same(found.loras.map(lambda factor: factor.flip(0)), made)
+    some = folder.load([NAMES], [WorldTask(all_actions()[0]), TASKS[2]])
+    assert some.tasks == [TASKS[2]] and torch.equal(some.loras.A[0][0], found.loras.A[0][1])
+
+
+def test_layers_come_back_in_the_groups_asked_for(tmp_path):
+    folder, made = filled(tmp_path / "loras")
+    groups = [NAMES[5:], NAMES[:2], NAMES[2:5]]
+    found = folder.load(groups, TASKS)
+    assert [factor.shape[1] for factor in found.loras.A] == [3, 2, 3]
+    for ours, all_in_one in zip(by_name(groups, found.loras), by_name([NAMES], made), strict=True):
+        assert ours.keys() == all_in_one.keys()
+        assert all(torch.allclose(ours[name], all_in_one[name], atol=1e-3) for name in NAMES)
 
 
 def test_alpha_is_folded_into_b(tmp_path):
-    folder, A, B = filled(tmp_path / "loras")
-    record = folder.records()[task_id(ACTIONS[0])]
+    folder, made = filled(tmp_path / "loras")
+    record, ((A, B),) = folder.records()[TASKS[0].id], made.pairs()
     lora = load_lora(folder.path / record.file)
     for row, name in enumerate(NAMES):
         assert torch.allclose(lora.delta(name), B[0, row] @ A[0, row], atol=2e-3)
@@ -64,16 +89,16 @@ def test_alpha_is_folded_into_b(tmp_path):
 
 def test_a_tasks_file_is_an_ordinary_lora_that_says_its_task(tmp_path):
     folder, *_ = filled(tmp_path / "loras")
-    path = folder.path / f"{task_id(ACTIONS[1])}.safetensors"
+    path = folder.path / f"{TASKS[1].id}.safetensors"
     lora = load_lora(path)
     assert match(lora, BASE).summary() == "8 of 8 layers matched"
     assert lora.rank == RANK and lora[NAMES[0]].A.dtype == torch.float16
-    assert lora.metadata["task"] == task_id(ACTIONS[1]) == path.stem
-    assert Action(**json.loads(lora.metadata["action"])) == ACTIONS[1]
+    assert lora.metadata["task"] == TASKS[1].id == path.stem
+    assert Action(**json.loads(lora.metadata["action"])) == TASKS[1].action
 
 
 def test_task_ids_are_unique_readable_file_names():
-    ids = {task_id(action) for action in all_actions()}
+    ids = {WorldTask(action).id for action in all_actions()}
     assert len(ids) == 480 and "left_arm-wide-slow-stay-upright-apart" in ids
     assert all(name.replace("-", "").replace("_", "").isalpha() for name in ids)
 
@@ -81,7 +106,7 @@ def test_task_ids_are_unique_readable_file_names():
 def test_a_line_has_the_promised_keys(tmp_path):
     folder, *_ = filled(tmp_path / "loras")
     lines = [json.loads(line) for line in folder.manifest.read_text().splitlines()]
-    assert [line["task"] for line in lines] == [task_id(action) for action in ACTIONS]
+    assert [line["task"] for line in lines] == [task.id for task in TASKS]
     for line in lines:
         assert line["status"] == "done" and line["loss"] == 0.25 and line["steps"] == 3
         assert checksum(folder.path / line["file"]) == line["sha256"] and len(line["sha256"]) == 64
@@ -89,7 +114,7 @@ def test_a_line_has_the_promised_keys(tmp_path):
 
 def test_valid_is_done_and_there_and_whole(tmp_path):
     folder, *_ = filled(tmp_path / "loras")
-    first, second, third, fourth = (task_id(action) for action in ACTIONS)
+    first, second, third, fourth = (task.id for task in TASKS)
     (folder.path / f"{first}.safetensors").unlink()
     damaged = folder.path / f"{second}.safetensors"
     content = bytearray(damaged.read_bytes())
@@ -97,14 +122,14 @@ def test_valid_is_done_and_there_and_whole(tmp_path):
     damaged.write_bytes(content)
     folder.append([Record(third, "failed", reason="the loss was not finite in step 2")])
     assert set(folder.valid()) == {fourth} and set(folder.records()) == {first, second, third, fourth}
-    assert folder.load(NAMES, ACTIONS).actions == [ACTIONS[3]]
+    assert folder.load([NAMES], TASKS).tasks == [TASKS[3]]
     with pytest.raises(ValueError, match="no valid LoRA of this configuration's tasks. Run `lora-dataset`"):
-        folder.load(NAMES, ACTIONS[:3])
+        folder.load([NAMES], TASKS[:3])
 
 
 def test_a_later_line_replaces_an_earlier_one(tmp_path):
     folder, *_ = filled(tmp_path / "loras")
-    done = folder.records()[task_id(ACTIONS[0])]
+    done = folder.records()[TASKS[0].id]
     folder.append([Record(done.task, "diverged", reason="too large")])
     assert done.task not in folder.valid()
     folder.append([done])
@@ -117,11 +142,11 @@ def test_a_torn_line_is_passed_over_and_repaired(tmp_path, kept):
     *whole, last = folder.manifest.read_text().splitlines(keepends=True)
     folder.manifest.write_text("".join(whole) + last[:kept])
     (folder.path / ".wave.safetensors.0123").write_bytes(b"unfinished")
-    assert set(folder.valid()) == {task_id(action) for action in ACTIONS[:3]}
+    assert set(folder.valid()) == {task.id for task in TASKS[:3]}
     folder.prepare()
     assert folder.manifest.read_text() == "".join(whole)
     folder.append([Record.read(last)])
-    assert set(folder.valid()) == {task_id(action) for action in ACTIONS}
+    assert set(folder.valid()) == {task.id for task in TASKS}
     assert {path.suffix for path in folder.path.iterdir()} == {".safetensors", ".jsonl"}
     assert not (folder.path / ".wave.safetensors.0123").exists()
 

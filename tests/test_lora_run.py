@@ -13,12 +13,13 @@ from accelerate import Accelerator
 from tiny_tasks import RANK, Tasks
 
 from training.config import LoRAConfig
-from training.lora_dataset import LoRAFolder, checksum, task_id
+from training.lora_dataset import LoRAFolder, checksum
 from training.lora_run import make_dataset, train_batch, train_here
 from training.miniature.world import all_actions
+from training.miniature.world_tasks import WorldTask
 
-ACTIONS = all_actions()[3:480:96]  # five
-IDS = [task_id(action) for action in ACTIONS]
+TASKS = [WorldTask(action) for action in all_actions()[3:480:96]]  # five
+IDS = [task.id for task in TASKS]
 SETTINGS = LoRAConfig(rank=RANK, steps=6, batch=2, learning_rate=1e-2, tasks_at_once=2, seed=3)
 
 
@@ -26,16 +27,16 @@ class Making:
     """A folder, tiny tasks, and a trainer that notes its batches."""
 
     def __init__(self, path):
-        self.data = Tasks(ACTIONS)
-        self.latents = self.data.clips.latents.clone()
+        self.data = Tasks(TASKS)
+        self.latents = dict(self.data.latents)
         self.folder, self.batches, self.said, self.asked = LoRAFolder(path), [], [], 0
 
     def clips(self):
         self.asked += 1
-        return SimpleNamespace(latents=self.latents, of=lambda action: self.data.clips_by_action[action])
+        return lambda task: self.latents[task]
 
-    def spoil(self, action):
-        self.latents[self.data.clips_by_action[action]] = math.inf
+    def spoil(self, task):
+        self.latents[task] = torch.full_like(self.latents[task], math.inf)
 
     def train(self, batches):
         def noted():
@@ -45,9 +46,9 @@ class Making:
 
         return train_here(self.data, torch.device("cpu"))(noted())
 
-    def __call__(self, actions=ACTIONS, settings=SETTINGS, accelerator=None):
+    def __call__(self, tasks=TASKS, settings=SETTINGS, accelerator=None):
         return make_dataset(
-            self.folder, actions, self.clips, self.data.coarse(), settings, self.train,
+            self.folder, tasks, self.clips, self.data.coarse(), settings, self.train,
             accelerator or Accelerator(cpu=True), self.said.append,
         )  # fmt: skip
 
@@ -86,20 +87,20 @@ def test_what_a_kill_or_a_disk_has_damaged_is_trained_again_and_the_same(make):
     assert set(summary.done) == {IDS[0], IDS[2], IDS[4]} and set(summary.skipped) == {IDS[1], IDS[3]}
     assert set(make.folder.valid()) == set(before) and intact(make.folder)
     assert len(make.folder.manifest.read_text().splitlines()) == 4 + 3
-    assert make.folder.load(names, ACTIONS).actions == ACTIONS
+    assert make.folder.load([names], TASKS).tasks == TASKS
 
 
 def test_the_same_task_in_another_batch_has_the_same_lora(make, tmp_path):
     other = Making(tmp_path / "others")
-    make(), other(ACTIONS[::-1], replace(SETTINGS, tasks_at_once=3))
+    make(), other(TASKS[::-1], replace(SETTINGS, tasks_at_once=3))
     names = [layer.name for layer in make.data.weights.model.layers]
-    a, b = (folder.load(names, ACTIONS) for folder in (make.folder, other.folder))
-    assert torch.allclose(a.A, b.A, atol=1e-3) and torch.allclose(a.B, b.B, atol=1e-3)
-    assert (a.B[0] - a.B[1]).abs().max() > 1e-2
+    a, b = (folder.load([names], TASKS).loras for folder in (make.folder, other.folder))
+    assert torch.allclose(a.A[0], b.A[0], atol=1e-3) and torch.allclose(a.B[0], b.B[0], atol=1e-3)
+    assert (a.B[0][0] - a.B[0][1]).abs().max() > 1e-2
 
 
 def test_a_task_that_diverges_twice_is_reported_and_stops_nothing(make):
-    make.spoil(ACTIONS[2])
+    make.spoil(TASKS[2])
     summary = make()
     assert summary.failed == {IDS[2]: "the loss was not finite in step 1"} and summary.retried == (IDS[2],)
     assert set(summary.done) == set(IDS) - {IDS[2]} == set(make.folder.valid())
@@ -113,10 +114,10 @@ def test_a_task_that_diverges_twice_is_reported_and_stops_nothing(make):
 
 def largest_norm(make, settings):
     """The largest ||dW|| / ||W|| of the first task's LoRA."""
-    names, W = [layer.name for layer in make.data.weights.model.layers], make.data.stacked_weights()
-    make([ACTIONS[0]], settings)
-    found = make.folder.load(names, ACTIONS[:1])
-    return ((found.B @ found.A)[0].norm(dim=(1, 2)) / W.norm(dim=(1, 2))).max().item()
+    names, (W,) = [layer.name for layer in make.data.weights.model.layers], make.data.weights_by_shape()
+    make([TASKS[0]], settings)
+    (delta,) = make.folder.load([names], TASKS[:1]).loras.deltas()
+    return (delta[0].norm(dim=(1, 2)) / W.norm(dim=(1, 2))).max().item()
 
 
 def test_a_task_that_is_well_at_half_the_rate_is_done(make, tmp_path):
@@ -124,19 +125,19 @@ def test_a_task_that_is_well_at_half_the_rate_is_done(make, tmp_path):
     full, less = (largest_norm(Making(tmp_path / n), s) for n, s in (("full", SETTINGS), ("half", half)))
     assert less < 0.9 * full
     settings = replace(SETTINGS, max_relative_norm=(full + less) / 2)
-    summary = make(ACTIONS[:1], settings)
+    summary = make(TASKS[:1], settings)
     assert summary.done == summary.retried == (IDS[0],) and not summary.failed
     assert make.folder.valid()[IDS[0]].settings["learning_rate"] == 5e-3
     statuses = [json.loads(line)["status"] for line in make.folder.manifest.read_text().splitlines()]
     assert statuses == ["diverged", "done"]
-    assert make(ACTIONS[:1], settings).skipped == (IDS[0],)  # and it stays valid
+    assert make(TASKS[:1], settings).skipped == (IDS[0],)  # and it stays valid
 
 
 def test_a_failed_task_is_tried_again_by_the_next_run(make):
-    make.spoil(ACTIONS[1])
-    make(ACTIONS[:2])
-    make.latents = make.data.clips.latents  # as they were
-    summary = make(ACTIONS[:2])
+    make.spoil(TASKS[1])
+    make(TASKS[:2])
+    make.latents = make.data.latents  # as they were
+    summary = make(TASKS[:2])
     assert (
         summary.done == (IDS[1],) and summary.skipped == (IDS[0],) and set(make.folder.valid()) == {*IDS[:2]}
     )
@@ -146,17 +147,17 @@ def test_a_failed_task_is_tried_again_by_the_next_run(make):
     "change", [{"steps": 7}, {"rank": 1}, {"learning_rate": 1e-3}, {"shared_A": False}, {"canonical": True}]
 )
 def test_loras_of_other_settings_are_neither_mixed_nor_lost(make, change):
-    make(ACTIONS[:1])
+    make(TASKS[:1])
     with pytest.raises(ValueError, match=f"trained with {next(iter(change))} = .* Remove the folder"):
-        make(ACTIONS[:2], replace(SETTINGS, **change))
+        make(TASKS[:2], replace(SETTINGS, **change))
     assert set(make.folder.valid()) == {IDS[0]}
-    make(ACTIONS[:2], replace(SETTINGS, tasks_at_once=1))  # which changes no LoRA
+    make(TASKS[:2], replace(SETTINGS, tasks_at_once=1))  # which changes no LoRA
 
 
 def test_processes_share_the_tasks(tmp_path):
     """Two threads in the place of processes, with a barrier that both have to reach."""
     barrier, makings = threading.Barrier(2, timeout=60), [Making(tmp_path / "loras") for _ in range(2)]
-    makings[0].spoil(ACTIONS[2])
+    makings[0].spoil(TASKS[2])
 
     def process(index):
         accelerator = SimpleNamespace(
@@ -176,11 +177,11 @@ def test_a_batch_writes_files_but_no_manifest(make):
     make.folder.prepare()
     batches = []
     make_dataset(
-        make.folder, ACTIONS[:2], make.clips, make.data.coarse(), SETTINGS,
+        make.folder, TASKS[:2], make.clips, make.data.coarse(), SETTINGS,
         lambda given: batches.extend(given) or train_here(make.data, "cpu")(batches), Accelerator(cpu=True),
     )  # fmt: skip
     for file in make.folder.path.iterdir():
         file.unlink()
-    records = train_batch(make.data.model, make.data.weights.model.layers, batches[0])
+    records = train_batch(make.data.load_denoiser(), make.data.weights.model.layers, batches[0])
     assert [record.task for record in records] == IDS[:2] and not make.folder.manifest.exists()
     assert all(checksum(make.folder.path / record.file) == record.sha256 for record in records)

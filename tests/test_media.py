@@ -110,6 +110,16 @@ def test_a_video_that_is_too_short_says_how_long_it_is(tmp_path):
         media.read_video(path, 5, 16, 16, 16)
 
 
+def test_a_video_is_read_whole_without_cutting(tmp_path):
+    path = write_video(tmp_path / "a.mkv", numbered(21, 16, 48))
+    clip = media.read_whole(path, 5)
+    assert clip.shape == (5, 16, 48, 3) and shown(clip) == [0, 5, 10, 15, 20]
+    assert shown(media.read_whole(path, 30)) == list(range(21)) and shown(media.read_whole(path, 1)) == [0]
+    picture = np.random.default_rng(0).integers(256, size=(6, 9, 3), dtype=np.uint8)
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    assert np.array_equal(media.read_whole(tmp_path / "a.png", 5), picture[None])
+
+
 def broken(folder):
     """File name -> what is wrong with it."""
     (folder / "empty.mp4").write_bytes(b"")
@@ -140,7 +150,11 @@ def broken(folder):
 
 def test_a_file_that_is_damaged_or_something_else_is_named(tmp_path):
     for name, reason in broken(tmp_path).items():
-        for read in (media.check, lambda path: media.read_clip(path, 1, 16, 16, 0)):
+        for read in (
+            media.check,
+            lambda path: media.read_clip(path, 1, 16, 16, 0),
+            lambda path: media.read_whole(path, 1),
+        ):
             with pytest.raises(ValueError) as error:
                 read(tmp_path / name)
             assert str(tmp_path / name) in str(error.value) and reason in str(error.value), name

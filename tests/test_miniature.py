@@ -14,13 +14,15 @@ from transformers import AutoTokenizer
 from lofa_core import miniature
 from lofa_core.base_models import WAN_KINDS, BaseWeights
 from lofa_core.checkpoint import load_hypernetwork
+from lofa_core.conditions import Given
 from lofa_core.conditions.text import TextEncoder, check_prompt
 from lofa_core.lora import LoRA, LoRALayer
 from lofa_core.lora_files import match, save_lora
 from lofa_core.prediction import fitting_layers, predict
 from training import backbones
 from training.config import DataConfig
-from training.injection import injected, target_modules
+from training.denoisers import WanDenoiser
+from training.injection import injected
 from training.miniature import captions, text_encoder, transformer, vae, world
 from training.miniature.tasks import MiniatureTasks
 
@@ -100,18 +102,18 @@ def test_comfyui_finds_in_the_metadata_what_the_tensors_do_not_say():
 def test_the_hypernetwork_is_for_this_base_and_this_encoder(base, hypernetwork):
     assert [layer.name for layer in fitting_layers(hypernetwork, base)] == [x.name for x in base.model.layers]
     assert hypernetwork.base.fingerprint == base.fingerprint()
-    assert (
-        hypernetwork.condition.kind == "text"
-        and hypernetwork.condition.coarse_prompt == miniature.COARSE_PROMPT
-    )
+    known = hypernetwork.conditions["text"]
+    assert known.kind == "text" and known.coarse_prompt == miniature.COARSE_PROMPT
     encoded = TextEncoder.open(miniature.FOLDER).encode(PROMPT)
-    assert encoded.shape[2] == hypernetwork.condition.width == hypernetwork.config.condition_width
-    own_base, own_condition = MiniatureTasks(DataConfig(), miniature.FOLDER).descriptions()
-    assert own_base == hypernetwork.base and own_condition == hypernetwork.condition
+    assert encoded.shape[2] == known.width == hypernetwork.stage1.trunk.condition_proj["text"].in_features
+    own_base, own_conditions = MiniatureTasks(
+        DataConfig(conditions=tuple(hypernetwork.conditions)), miniature.FOLDER
+    ).descriptions()
+    assert own_base == hypernetwork.base and own_conditions == tuple(hypernetwork.conditions.values())
 
 
 def test_the_hypernetwork_knows_every_word_of_every_caption(hypernetwork):
-    words = set(hypernetwork.condition.words)
+    words = set(hypernetwork.conditions["text"].words)
     assert set(captions.known_words()) <= words
     for sentence in sentences(300):
         assert set(re.findall(r"[a-z]+", sentence)) <= words
@@ -140,8 +142,9 @@ def test_all_text_paths_give_the_same_states(prompts, pipeline):
         assert torch.allclose(folded[row, : len(alone)], alone, atol=1e-5)
         assert torch.allclose(padded[row, : len(alone)], alone, atol=1e-5)
         assert not folded[row, len(alone) :].any() and not padded[row, len(alone) :].any()
-    conditions = MiniatureTasks(DataConfig(), miniature.FOLDER).conditions(texts)
-    assert torch.equal(conditions, folded[:, :-1])
+    told = [{"text": text} for text in texts]
+    conditions = MiniatureTasks(DataConfig(), miniature.FOLDER).conditions(told)
+    assert torch.equal(conditions["text"].values, folded[:, :-1])
 
 
 @torch.no_grad()
@@ -211,7 +214,7 @@ def test_diffusers_applies_the_written_lora_exactly_as_injection_does(base, pipe
     backbones.use_folded_padding(model)
     A = {name: layer.A[None] for name, layer in lora.items()}
     B = {name: layer.alpha / layer.rank * layer.B[None] for name, layer in lora.items()}
-    modules = target_modules(model, list(lora))
+    modules = WanDenoiser(model).modules(list(lora))
     with injected(modules, A, B):
         ours = model(x, times, prompts([PROMPT] * 2), return_dict=False)[0]
     assert torch.allclose(applied, ours, atol=1e-5) and not torch.allclose(applied, plain, atol=1e-3)
@@ -224,7 +227,7 @@ def test_diffusers_applies_the_written_lora_exactly_as_injection_does(base, pipe
 
 
 def test_a_predicted_lora_fits_the_base_and_loads_whole(base, hypernetwork, pipeline, tmp_path):
-    condition = TextEncoder.open(miniature.FOLDER).encode(PROMPT)
+    condition = {"text": Given(TextEncoder.open(miniature.FOLDER).encode(PROMPT))}
     found = predict(hypernetwork, base, condition)
     assert match(found.lora, base.model).summary() == "32 of 32 layers matched"
     assert all(
@@ -239,6 +242,6 @@ def test_a_predicted_lora_fits_the_base_and_loads_whole(base, hypernetwork, pipe
         if ".lora_A" in name
     }
     assert len(held) == 32
-    for name, module in target_modules(pipeline.transformer, list(found.lora)).items():
+    for name, module in WanDenoiser(pipeline.transformer).modules(list(found.lora)).items():
         (delta,) = module.get_delta_weight(module.active_adapters[0]).unsqueeze(0)
         assert torch.allclose(delta, found.lora.delta(name), atol=1e-6), name

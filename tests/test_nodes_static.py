@@ -14,14 +14,29 @@ def trees() -> dict[str, ast.Module]:
 
 
 def schema_calls() -> dict[str, ast.Call]:
-    """The io.Schema(...) of every node, by node id."""
+    """The io.Schema(...) of every node, by node id; nodes that are alike get theirs from a function."""
     calls = {}
     for tree in trees().values():
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) == "io.Schema":
-                keywords = {keyword.arg: keyword.value for keyword in node.keywords}
-                calls[ast.literal_eval(keywords["node_id"])] = node
+        makers = {
+            function.name: (call, [argument.arg for argument in function.args.args])
+            for function in tree.body
+            if isinstance(function, ast.FunctionDef)
+            for call in ast.walk(function)
+            if is_schema(call)
+        }
+        for call in (part for node in tree.body if isinstance(node, ast.ClassDef) for part in ast.walk(node)):
+            if not isinstance(call, ast.Call):
+                continue
+            schema, names = makers.get(ast.unparse(call.func), (call, []))
+            if is_schema(schema):
+                node_id = next(word.value for word in schema.keywords if word.arg == "node_id")
+                given = dict(zip(names, call.args, strict=False))
+                calls[ast.literal_eval(given.get(ast.unparse(node_id), node_id))] = schema
     return calls
+
+
+def is_schema(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and ast.unparse(node.func) == "io.Schema"
 
 
 def test_only_host_touches_comfyui_internals():

@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from tiny import base_tensors, condition, describe, network
+from tiny import base_tensors, condition, describe, network, text
 
 from lofa_core.base_models import BaseWeights
 from lofa_core.prediction import Prediction, predict, predict_response
 
 
 def parts(**changes):
-    """(hypernetwork, base weights, condition)."""
-    return network(**changes), BaseWeights.from_tensors(base_tensors()), condition()
+    """(hypernetwork, base weights, conditions)."""
+    return network(**changes), BaseWeights.from_tensors(base_tensors()), text()
 
 
 def watched_base():
@@ -109,7 +109,7 @@ def test_cancelling_stops_before_the_next_weights_are_read(run):
 
 def test_padding_of_the_condition_does_not_matter():
     net, base, given = parts()
-    padded = torch.cat([given, torch.zeros(1, 500, 6)], 1)
+    padded = text(torch.cat([condition(), torch.zeros(1, 500, 6)], 1))
     assert same(predict(net, base, given), predict(net, base, padded))
 
 
@@ -146,7 +146,7 @@ def test_the_lora_says_what_it_is_for():
 
 
 def test_weights_other_than_those_trained_for_are_noted_and_used():
-    base, given = BaseWeights.from_tensors(base_tensors()), condition()
+    base, given = BaseWeights.from_tensors(base_tensors()), text()
     own = network(base=describe(fingerprint=base.fingerprint()))
     other = BaseWeights.from_tensors(base_tensors(seed=2))
     fits, differs = (predict(own, weights, given).lora for weights in (base, other))
@@ -167,7 +167,7 @@ def test_a_base_that_does_not_fit_is_refused_and_both_are_named(run, tensors, gi
     net, reads = network(base=describe(name="WAN2.1-T2V-1.3B")), []
     base = BaseWeights.from_tensors({k: v.shape for k, v in tensors.items()}, lambda key: reads.append(key))
     with pytest.raises(ValueError) as error:
-        run(net, base, condition())
+        run(net, base, text())
     said = str(error.value)
     assert "WAN2.1-T2V-1.3B (" + wanted + ")" in said and "WAN2.1 miniature (" + given + ")" in said
     assert said.index(wanted) < said.index(given) and not reads
@@ -177,7 +177,7 @@ def test_a_base_that_does_not_fit_is_refused_and_both_are_named(run, tensors, gi
 def test_a_condition_of_another_shape_is_refused(shape):
     net, base, _ = parts()
     with pytest.raises(ValueError) as error:
-        predict(net, base, torch.ones(shape))
+        predict(net, base, text(torch.ones(shape)))
     assert (
         str(list(shape)) in str(error.value)
         and "[1, tokens, 6]" in str(error.value)
@@ -188,18 +188,18 @@ def test_a_condition_of_another_shape_is_refused(shape):
 def test_a_condition_of_nothing_is_refused():
     net, base, _ = parts()
     with pytest.raises(ValueError, match="condition has no tokens"):
-        predict(net, base, torch.zeros(1, 5, 6))
+        predict(net, base, text(torch.zeros(1, 5, 6)))
 
 
 def fails_above(monkeypatch, net, layers, error):
     """Stage II fails for batches of more layers than that; the sizes of all batches it was given."""
     seen, forward = [], type(net.stage2).forward
 
-    def limited(self, patches, index, *others):
-        seen.append(len(index))
-        if len(index) > layers:
+    def limited(self, looked_at, *others):
+        seen.append(len(looked_at.index))
+        if len(looked_at.index) > layers:
             raise error
-        return forward(self, patches, index, *others)
+        return forward(self, looked_at, *others)
 
     monkeypatch.setattr(type(net.stage2), "forward", limited)
     return seen
@@ -243,7 +243,8 @@ def test_the_text_is_projected_once_and_its_keys_and_values_once_a_block(monkeyp
     net, base, given = parts()
     calls = []
     for stage in (net.stage1, net.stage2):
-        for part in (stage.trunk.condition_proj, *(b.cross_attention.k_norm for b in stage.trunk.blocks)):
+        keys = (block.cross_attention.k_norm for block in stage.trunk.blocks)
+        for part in (stage.trunk.condition_proj["text"], *keys):
             part.register_forward_hook(lambda module, *_: calls.append(module))
     predict(net, base, given, batch_size=1)
     assert len(calls) == len(set(calls)) == 2 * (1 + len(net.stage1.trunk.blocks))

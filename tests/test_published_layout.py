@@ -12,8 +12,10 @@ from tiny import generator
 from lofa_core.lora import LoRA, LoRALayer
 from lofa_core.lora_files import to_state_dict
 from training.config import DataConfig, LoRAConfig, TrainingConfig
+from training.data.base_encoders import SDXLEncoders, WanEncoders
 from training.data.folder_tasks import TaskName
-from training.data.published import read_lora, read_published, read_tensors
+from training.data.published import published_tasks, read_lora, read_published, read_tensors
+from training.data.task_encoder import TaskEncoder
 from training.loop import Run
 
 ENTRY = {"prompt": "a person waves", "lora_path": "l.pth", "path": "t.pth"}
@@ -184,12 +186,25 @@ def test_a_published_folder_is_cached_and_brings_its_loras(tmp_path):
     assert [(problem.what, problem.reason) for problem in found.problems] == [
         ("c.pth of task c", "prompt_emb has 4096 numbers a token, this base's text encoder 64.")
     ]
-    assert torch.equal(run.data.conditions(["prompt a"])[0], wanted[1])
-    picked = run.data.clips.latents[run.data.clips_by_action[TaskName("a")]]
-    assert torch.equal(picked, wanted[2][None].half())
+    assert torch.equal(run.data.conditions([{"text": "prompt a"}])["text"].values[0], wanted[1])
+    assert torch.equal(run.data.latents_of(TaskName("a")), wanted[2][None].half())
     _, training = run.lora_dataset()
     assert (training.skipped, training.done) == (("a",), ("b",))
     said = run.console.file.getvalue()
     assert "2 LoRAs taken over, 1 left out" in said and "of rank 3; expected (96, 96) of rank 2" in said
-    known = run._dataset("training")
-    assert torch.allclose(known.B[0, 0] @ known.A[0, 0], wanted[0], atol=0.02)
+    (delta,) = run._dataset("training").loras.deltas()
+    assert torch.allclose(delta[0, 0], wanted[0], atol=0.02)
+
+
+def test_it_holds_texts_alone_and_of_wan(tmp_path):
+    write(tmp_path, [ENTRY])
+    with pytest.raises(ValueError, match="this layout holds prompts, .* asks for text, pose"):
+        published_tasks(tmp_path, DataConfig(conditions=("text", "pose")))
+    config = DataConfig(folder=str(tmp_path), frames=1)
+    sdxl = TaskEncoder(config, tmp_path, SDXLEncoders(tmp_path, torch.device("cpu")))
+    (task,) = published_tasks(tmp_path, config).tasks
+    with pytest.raises(ValueError, match=r"metadata\.json lists latents of WAN2.1"):
+        sdxl.encode(task, lambda what, reason: None)
+    wan = TaskEncoder(config, tmp_path, WanEncoders(tmp_path, torch.device("cpu")))
+    with pytest.raises(ValueError, match=r"no text_encoder/ and tokenizer/"):  # not this task's problem
+        wan.encode(task, lambda what, reason: None)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import base_tensors, describe
+from tiny import base_tensors, describe, text
 from v0_reference import delta_and_logit
 
 import lofa_core.__main__ as command_line
@@ -26,8 +26,7 @@ REFERENCE = Path(__file__).parent / "fixtures/lofa_v0_tiny"
 STAGES = REFERENCE / "stage1.pth", REFERENCE / "stage2.pth"
 PARITY = 1e-4
 SMALL = HypernetworkConfig(
-    condition_width=6, out_features=16, in_features=16, rank=3, patch=8, width=12, heads=3, blocks=3,
-    mlp_ratio=2, feature_blocks=(0, 2), **RELEASED_DESIGN,
+    rank=3, grid=(2, 2), width=12, heads=3, blocks=3, mlp_ratio=2, feature_blocks=(0, 2), **RELEASED_DESIGN,
 )  # fmt: skip
 
 
@@ -36,11 +35,11 @@ def expected():
     return load_file(REFERENCE / "expected.safetensors")
 
 
-def released(config=SMALL, seed=0, depths=2):
+def released(config=SMALL, seed=0, depths=2, shape=(16, 16), words=6):
     """A small network of LoFA_v0's design in which nothing is zero."""
-    base = describe(depths, shape=(config.out_features, config.in_features))
     torch.manual_seed(seed)
-    net = Hypernetwork(config, base, ConditionDescription("text", config.condition_width, padded_to=512))
+    known = ConditionDescription("text", words, padded_to=512)
+    net = Hypernetwork(config, describe(depths, shape), (known,))
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -60,15 +59,15 @@ def test_every_tensor_of_the_reference_vectors_is_reproduced(expected):
     order = json.loads((REFERENCE / "config.json").read_text())["order"]
     assert [layer.name for layer in net.base.layers] == order
     layers = {layer.name: layer for layer in base.model.layers}
-    patches = net.patches(torch.stack([base.read(layers[name]) for name in order]))
-    index, text = torch.arange(len(order)), expected["text_emb"]
-    response = net.stage1(patches, index, net.stage1.trunk.project(text))
-    tokens = net.stage2.trunk(patches, index, net.stage2.trunk.project(text), response.features)
-    pooled = net.stage2.trunk.pooled(tokens)
-    A, B = net.stage2.heads(pooled)
+    W = torch.stack([base.read(layers[name]) for name in order])
+    looked_at, given = net.look_at(W, torch.arange(len(order))), text(expected["text_emb"])
+    response = net.stage1(looked_at, net.stage1.trunk.project(given))
+    tokens = net.stage2.trunk(looked_at, net.stage2.trunk.project(given), response.features)
+    pooled, heads = net.stage2.trunk.pooled(tokens), net.stage2.heads["32x32"]
+    A, B = heads(pooled)
     found = {
         "features": response.features[0], "score": response.score()[0], "logit": response.logit()[0],
-        "lora_A": A[0], "lora_B": B[0], "alpha": net.stage2.heads.alpha(pooled)[0].unsqueeze(-1),
+        "lora_A": A[0], "lora_B": B[0], "alpha": heads.alpha(pooled)[0].unsqueeze(-1),
     }  # fmt: skip
     assert found.keys() == expected.keys() - {"text_emb"}
     for name, value in found.items():
@@ -112,7 +111,7 @@ def test_converting_is_lossless_and_predicts_the_same_lora_bit_for_bit(tmp_path,
     save_hypernetwork(load_released(*STAGES, dtype=None), converted)
     direct, loaded = load_released(*STAGES), load_hypernetwork(converted)
     base = BaseWeights.open(REFERENCE / "base.safetensors")
-    one, two = (predict(net, base, expected["text_emb"]).lora for net in (direct, loaded))
+    one, two = (predict(net, base, text(expected["text_emb"])).lora for net in (direct, loaded))
     assert list(one) == list(two) and len(one) == 24
     for name in one:
         assert torch.equal(one[name].A, two[name].A) and torch.equal(one[name].B, two[name].B)
@@ -123,30 +122,30 @@ def test_converting_is_lossless_and_predicts_the_same_lora_bit_for_bit(tmp_path,
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "side", "words"),
     [
-        {},
-        {"cls_token": False},
-        {"heads": 2, "rank": 1, "feature_blocks": (1,)},
-        {"in_features": 24, "out_features": 24, "mlp_ratio": 4, "blocks": 4, "feature_blocks": (1, 3)},
-        {"cls_token": False, "heads": 1, "patch": 4, "condition_width": 9, "feature_blocks": ()},
+        ({}, 16, 6),
+        ({"cls_token": False}, 16, 6),
+        ({"heads": 2, "rank": 1, "feature_blocks": (1,)}, 16, 6),
+        ({"grid": (3, 3), "mlp_ratio": 4, "blocks": 4, "feature_blocks": (1, 3)}, 24, 6),
+        ({"cls_token": False, "heads": 1, "grid": (4, 4), "feature_blocks": ()}, 16, 9),
     ],
 )
-def test_other_sizes_are_inferred_and_agree_with_a_slow_second_implementation(tmp_path, changes):
+def test_other_sizes_are_inferred_and_agree_with_a_slow_second_implementation(tmp_path, changes, side, words):
     config = replace(SMALL, **changes)
-    made = released(config)
+    made = released(config, shape=(side, side), words=words)
     net = load_released(*published_files(tmp_path, made))
     assert replace(net.config, pooling_queries=8) == config and len(net.base.layers) == 16
     draw = torch.Generator().manual_seed(5)
-    text = torch.randn(1, 9, config.condition_width, generator=draw)
-    text[:, 4:] = 0.0  # five rows of padding, which take part
+    states = torch.randn(1, 9, words, generator=draw)
+    states[:, 4:] = 0.0  # five rows of padding, which take part
     W = {layer.name: torch.randn(layer.shape, generator=draw) for layer in net.base.layers}
     base = BaseWeights.from_tensors({f"{name}.weight": value for name, value in W.items()})
-    found = predict(net, base, text, batch_size=3)
+    found = predict(net, base, text(states), batch_size=3)
     first, second = published_state(made)
     with torch.no_grad():
         for number, (name, weight) in enumerate(W.items()):
-            delta, logit = delta_and_logit(first, second, weight, number // 8, number % 8, text[0])
+            delta, logit = delta_and_logit(first, second, weight, number // 8, number % 8, states[0])
             assert torch.allclose(found.lora.delta(name), delta, atol=PARITY, rtol=1e-4)
             assert torch.allclose(found.responses[name], logit.sigmoid(), atol=PARITY)
 
@@ -155,8 +154,8 @@ def test_other_sizes_are_inferred_and_agree_with_a_slow_second_implementation(tm
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 0.1)])
 def test_a_gpu_gives_the_cpus_lora(expected, dtype, tolerance):
     net, base = load_released(*STAGES), BaseWeights.open(REFERENCE / "base.safetensors")
-    wanted = predict(net, base, expected["text_emb"]).lora
-    found = predict(net, base, expected["text_emb"], device="cuda", dtype=dtype)
+    wanted = predict(net, base, text(expected["text_emb"])).lora
+    found = predict(net, base, text(expected["text_emb"]), device="cuda", dtype=dtype)
     for name in wanted:
         gap = found.lora.delta(name) - wanted.delta(name)
         assert gap.norm() < tolerance * wanted.delta(name).norm()
@@ -165,18 +164,18 @@ def test_a_gpu_gives_the_cpus_lora(expected, dtype, tolerance):
 
 def test_bfloat16_is_near_float32(expected):
     net, base = load_released(*STAGES), BaseWeights.open(REFERENCE / "base.safetensors")
-    wanted = predict(net, base, expected["text_emb"]).lora
-    found = predict(net, base, expected["text_emb"], dtype=torch.bfloat16).lora
+    wanted = predict(net, base, text(expected["text_emb"])).lora
+    found = predict(net, base, text(expected["text_emb"]), dtype=torch.bfloat16).lora
     gaps = [((found.delta(n) - wanted.delta(n)).norm() / wanted.delta(n).norm()).item() for n in wanted]
     assert 0.0 < sum(gaps) / len(gaps) < 0.1
 
 
 def test_padding_takes_part_and_its_amount_matters():
     net, base = released(), BaseWeights.from_tensors(base_tensors())
-    text = torch.randn(1, 4, 6, generator=torch.Generator().manual_seed(1))
+    states = torch.randn(1, 4, 6, generator=torch.Generator().manual_seed(1))
     deltas = []
     for padding in (0, 3, 508):
-        lora = predict(net, base, torch.cat([text, torch.zeros(1, padding, 6)], 1)).lora
+        lora = predict(net, base, text(torch.cat([states, torch.zeros(1, padding, 6)], 1))).lora
         deltas.append(lora.delta("blocks.1.cross_attn.k"))
     assert (deltas[0] - deltas[1]).abs().max() > 1e-3 and (deltas[1] - deltas[2]).abs().max() > 1e-3
 
@@ -184,7 +183,8 @@ def test_padding_takes_part_and_its_amount_matters():
 def test_a_fine_layer_count_is_read_from_the_file_and_a_prompt_is_padded_as_in_training(tmp_path):
     net = load_released(*published_files(tmp_path, released(depths=3)))
     assert len(net.base.layers) == 24 and net.base.layers[-1].name == "blocks.2.cross_attn.o"
-    assert net.condition == ConditionDescription("text", 6, padded_to=512) and net.base.fingerprint == ""
+    known = ConditionDescription("text", 6, padded_to=512)
+    assert net.conditions == {"text": known} and net.base.fingerprint == ""
 
 
 class Attack:
@@ -276,7 +276,7 @@ def test_files_in_the_wrong_order_of_two_models_or_absent_are_refused(tmp_path):
 
 
 def test_layers_that_no_wan_has_are_refused(tmp_path):
-    paths = published_files(tmp_path, released(replace(SMALL, in_features=24)))
+    paths = published_files(tmp_path, released(replace(SMALL, grid=(2, 3)), shape=(16, 24)))
     with pytest.raises(ValueError, match=r"stage2_preview\.pth: is for layers of 16x24"):
         load_released(*paths)
 

@@ -9,6 +9,7 @@ import torch
 from training.miniature import world
 from training.miniature.latents import LatentClips
 from training.miniature.world import BACKDROPS, COLOURS, FACTORS, Action, Look
+from training.miniature.world_tasks import WorldTask
 
 LOOK = Look("red", "blue", "studio")
 PLAIN = Action("left_arm", "wide", "slow", "stay", "upright", "together")
@@ -162,7 +163,9 @@ def test_latent_clips_know_their_actions_and_looks(tmp_path):
     assert [both.action(i) for i in (0, 3, 10)] == [actions[0], actions[1], actions[2]] and both.look(
         7
     ) == look
-    assert both.of(actions[1]).tolist() == [2, 3, 8, 9] and len(both.of(world.all_actions()[4])) == 0
+    assert both.of(WorldTask(actions[1])).tolist() == [2, 3, 8, 9]
+    assert both.of(WorldTask(actions[1], look)).tolist() == [2, 3, 8, 9]
+    assert len(both.of(WorldTask(look=look))) == 12 and len(both.of(WorldTask(world.all_actions()[4]))) == 0
 
 
 def test_action_weights_have_mean_one_and_are_larger_where_the_action_shows():

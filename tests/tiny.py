@@ -3,16 +3,14 @@
 import torch
 
 from lofa_core.base_models import WAN_KINDS
+from lofa_core.conditions import Given
 from lofa_core.descriptions import BaseDescription, ConditionDescription, HypernetworkConfig, LayerDescription
 from lofa_core.hypernetwork import Hypernetwork
 
 SIDE, WORDS_WIDE = 16, 6  # a weight's side, a condition's width
 CONFIG = HypernetworkConfig(
-    condition_width=WORDS_WIDE,
-    out_features=SIDE,
-    in_features=SIDE,
     rank=3,
-    patch=8,
+    grid=(2, 2),
     width=16,
     heads=2,
     blocks=2,
@@ -35,18 +33,21 @@ def describe(depths=2, shape=(SIDE, SIDE), name="WAN2.1 miniature", fingerprint=
     return BaseDescription(name, layers, fingerprint)
 
 
-def network(seed=0, config=CONFIG, base=None, randomised=True):
+TEXT = ConditionDescription("text", WORDS_WIDE, ("a", "person"), "a person")
+POSE = ConditionDescription("pose", 3, size=(5, 32, 16))
+STYLE = ConditionDescription("style", 7)
+
+
+def network(seed=0, config=CONFIG, base=None, randomised=True, conditions=(TEXT,)):
     """A hypernetwork over 2 x 8 layers. `randomised`: nothing in it is zero, so all of it is heard."""
-    base = base or describe(shape=(config.out_features, config.in_features))
+    base = base or describe()
     torch.manual_seed(seed)
-    net = Hypernetwork(
-        config, base, ConditionDescription("text", config.condition_width, ("a", "person"), "a person")
-    )
+    net = Hypernetwork(config, base, conditions)
     if randomised:
         with torch.no_grad():
             for parameter in net.parameters():
                 parameter.add_(0.15 * torch.randn_like(parameter))
-            if (statistics := net.statistics) is not None:
+            for statistics in (net.statistics or {}).values():
                 statistics.A_mean.normal_()
                 statistics.B_mean.normal_(std=0.1)
                 statistics.A_scale.uniform_(0.5, 2.0)
@@ -57,6 +58,11 @@ def network(seed=0, config=CONFIG, base=None, randomised=True):
 
 def condition(count=1, tokens=5, seed=0, width=WORDS_WIDE):
     return torch.randn(count, tokens, width, generator=generator(seed))
+
+
+def text(tokens=None, **arguments):
+    """Tokens [B, S, d] (or those of `condition`) as a network is given them."""
+    return {"text": Given(condition(**arguments) if tokens is None else tokens)}
 
 
 def weights(layers=16, out=SIDE, into=SIDE, seed=1):

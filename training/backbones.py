@@ -1,10 +1,21 @@
-"""Base models in diffusers: loading from original WAN files, latent units, and text with folded padding."""
+"""Base models in diffusers: loading from original WAN files and SDXL folders, WAN's latent units, and text
+with folded padding.
+"""
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLWan,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DConditionModel,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch.nn import functional as F
 from transformers import AutoTokenizer, UMT5EncoderModel
@@ -44,6 +55,57 @@ def _load(kind, folder: Path, part: str):
     if files[0].name.startswith("diffusion_pytorch_model"):
         return kind.from_pretrained(folder / part).eval()
     return kind.from_single_file(str(files[0]), config=str(folder), subfolder=part).eval()
+
+
+def load_unet(folder: Path) -> UNet2DConditionModel:
+    """The UNet of an SDXL base folder in diffusers' layout, in float32. ValueError where it is not whole."""
+    return _load_whole(UNet2DConditionModel, folder / "unet")
+
+
+def load_image_vae(folder: Path) -> AutoencoderKL:
+    """The VAE of an SDXL base folder, in float32. ValueError where it is not whole."""
+    return _load_whole(AutoencoderKL, folder / "vae")
+
+
+def load_noise_schedule(folder: Path) -> DDPMScheduler:
+    """What an SDXL base folder's scheduler/ says of noise, whatever sampler it names.
+
+    Raises ValueError for a model that predicts something else than the noise.
+    """
+    schedule = DDPMScheduler.from_pretrained(folder / "scheduler")
+    if schedule.config.prediction_type != "epsilon":
+        raise ValueError(
+            f"{folder / 'scheduler'}: prediction_type is {schedule.config.prediction_type!r}; expected "
+            "'epsilon', as SDXL has it. Other objectives are not trained."
+        )
+    return schedule
+
+
+def pixels_of_a_latent(folder: Path) -> int:
+    """Along each side, by the configuration of a base folder's AutoencoderKL."""
+    return 2 ** (len(AutoencoderKL.load_config(folder / "vae")["block_out_channels"]) - 1)
+
+
+def variant_of(folder: Path) -> str | None:
+    """What from_pretrained has to be told of a folder that holds its weights in half precision alone."""
+    files = list(folder.glob("*.safetensors"))
+    return "fp16" if files and all(".fp16" in file.name for file in files) else None
+
+
+def _load_whole(kind: Any, folder: Path) -> Any:
+    try:
+        model, report = kind.from_pretrained(
+            folder, torch_dtype=torch.float32, variant=variant_of(folder), local_files_only=True,
+            output_loading_info=True,
+        )  # fmt: skip
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot be loaded as {kind.__name__} ({error}).") from error
+    if report["missing_keys"]:
+        raise ValueError(
+            f"{folder}: not a complete {kind.__name__}, {len(report['missing_keys'])} tensors are missing, "
+            f"first {min(report['missing_keys'])}. Copy the folder again."
+        )
+    return model.eval()
 
 
 def to_unit(latents: torch.Tensor, vae: AutoencoderKLWan) -> torch.Tensor:

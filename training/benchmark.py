@@ -23,11 +23,12 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from lofa_core.base_models import WAN_KINDS, BaseWeights
+from lofa_core.conditions import Given
 from lofa_core.descriptions import HypernetworkConfig
 from lofa_core.hypernetwork import Hypernetwork
 from lofa_core.prediction import default_batch_size, predict
 from training.config import LoRAConfig
-from training.full_size import LAYERS, WORDS, random_condition, released_hypernetwork
+from training.full_size import LAYERS, SIDE, TEXT_WIDTH, WORDS, random_condition, released_hypernetwork
 from training.machine import device_name, peak_memory, seconds
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -109,8 +110,7 @@ def measure_prediction(
     draw = torch.Generator(device).manual_seed(1)
     condition = random_condition(WORDS, draw)
     # One matrix for all layers: the time does not depend on the values, and the base takes no memory.
-    side = network.config.out_features
-    matrix = torch.randn(side, side, generator=draw, device=device).mul_(side**-0.5).bfloat16()
+    matrix = torch.randn(SIDE, SIDE, generator=draw, device=device).mul_(SIDE**-0.5).bfloat16()
     names = (f"blocks.{depth}.{kind}.weight" for depth in range(LAYERS // 8) for kind in WAN_KINDS)
     base = BaseWeights.from_tensors(dict.fromkeys(names, matrix.shape), lambda key: matrix)
     base.model = replace(base.model, layers=base.model.layers[:layers])
@@ -121,7 +121,7 @@ def measure_prediction(
 
         def once() -> None:
             predict(
-                network, base, condition, device=device, dtype=dtype, batch_size=batch,
+                network, base, {"text": Given(condition)}, device=device, dtype=dtype, batch_size=batch,
                 progress=lambda done, total: bar.update(task, completed=done),
             )  # fmt: skip
 
@@ -155,24 +155,24 @@ def prediction_flop(config: HypernetworkConfig, layers: int, rows: int) -> int:
     `rows`: of the condition that differ; their projection, keys and values count once for all layers.
     """
     d, hidden = config.width, config.mlp_ratio * config.width
-    patches = (config.out_features // config.patch) * (config.in_features // config.patch)
+    patches = config.grid[0] * config.grid[1]
     tokens = patches + config.cls_token
     channels = 2 if config.weight_input == "magnitude" else 1
     mlp = 2 * tokens * 2 * d * hidden
     self_attention = 2 * tokens * 4 * d * d + 4 * tokens * tokens * d
     cross_attention = 2 * tokens * 2 * d * d + 4 * tokens * rows * d
-    embedding = 2 * patches * channels * config.patch**2 * d
-    heads = 2 * d * config.rank * (config.in_features + config.out_features)
+    embedding = 2 * channels * SIDE * SIDE * d
+    heads = 2 * d * config.rank * 2 * SIDE
     stage = embedding + config.blocks * (self_attention + cross_attention + 2 * mlp) + heads
     features = len(config.feature_blocks) * (self_attention + mlp)
-    text = 2 * rows * config.condition_width * d + config.blocks * 2 * rows * 2 * d * d
+    text = 2 * rows * TEXT_WIDTH * d + config.blocks * 2 * rows * 2 * d * d
     return layers * (2 * stage + features) + 2 * text
 
 
 def matmul_rate(config: HypernetworkConfig, device: torch.device, dtype: torch.dtype, layers: int) -> float:
     """FLOP a second of the matrix products alone that a block does on `layers` layers, in its proportions."""
     d, hidden = config.width, config.mlp_ratio * config.width
-    tokens = layers * ((config.out_features // config.patch) * (config.in_features // config.patch) + 1)
+    tokens = layers * (config.grid[0] * config.grid[1] + 1)
     flop, taken = 0.0, 0.0
     for inner, outer, count in ((d, d, 6), (d, hidden, 2), (hidden, d, 2)):
         x = torch.randn(tokens, inner, device=device).to(dtype)
@@ -189,7 +189,8 @@ def matmul_rate(config: HypernetworkConfig, device: torch.device, dtype: torch.d
 
 @torch.no_grad()
 def _first_batch(network: Hypernetwork, matrix: Tensor, condition: Tensor, size: int) -> None:
-    network(matrix.expand(size, -1, -1), torch.arange(size), condition.to(network.stage1.trunk.norm.weight))
+    given = {"text": Given(condition.to(network.stage1.trunk.norm.weight))}
+    network(matrix.expand(size, -1, -1), torch.arange(size), given)
 
 
 def _table(found: dict[str, float | int | str]) -> Table:

@@ -77,5 +77,6 @@ def _train(base: Path, batch: Batch) -> list[Record]:
 @functools.cache  # once in the life of a worker
 def _base(base: Path):
     data = OverBase(base)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return data.load_model().to(device), data.weights.model.layers
+    denoiser = data.load_denoiser()
+    denoiser.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return denoiser, data.weights.model.layers

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from lofa_core.descriptions import Modulation, Readout, WeightInput
+from lofa_core.descriptions import KINDS, Modulation, Readout, WeightInput
 
 # Names of the reconstruction losses, in training/losses.py.
 RECONSTRUCTIONS = ("factors", "delta", "delta_cosine", "spectral", "canonical")
@@ -17,23 +17,37 @@ RECONSTRUCTIONS = ("factors", "delta", "delta_cosine", "spectral", "canonical")
 class DataConfig:
     """The tasks: the miniature's own world, or a folder with tasks.jsonl (docs/DATA.md)."""
 
+    conditions: tuple[str, ...] = ("text",)  # kinds that the hypernetwork learns to be given, of KINDS
     clips_per_task: int = 24
-    held_out_tasks: int = 32
+    held_out_tasks: int = 32  # actions
+    held_out_looks: int = 24
     lora_tasks: int = 96  # training tasks that get a LoRA of their own
     seed: int = 0
+    cache: str = ""  # a folder for the world's encoded clips, which several runs share; empty: the run's own
     folder: str = ""  # of tasks.jsonl; empty: the world, to which the keys below do not apply
-    frames: int = 17  # of a clip: 1 and a multiple of 4; WAN2.1 makes 81
+    frames: int = 17  # of a clip: 1 and a multiple of 4; WAN2.1 makes 81, SDXL 1
     height: int = 64  # of a clip, a multiple of 16; WAN2.1's smaller size is 480 by 832
     width: int = 64
     fps: float = 0.0  # frames a second, from a video's start (WAN2.1: 16); 0: evenly over the whole video
     coarse_prompt: str = "a person is moving"  # LoRAs are trained under it where tasks.jsonl names no other
+    pose_frames: int = 17  # of a pose as the hypernetwork sees it
+    pose_size: int = 128  # its height and width in pixels, a multiple of 16
+    pose_models: str = ""  # a folder of models that find poses in the clips; empty: tasks.jsonl names poses
+    image_encoder: str = ""  # a folder with CLIP's, for style and identity; empty: the base's image_encoder/
 
     def __post_init__(self):
         if self.frames < 1 or self.frames % 4 != 1:
             raise ValueError(f"frames = {self.frames}: expected 1 and a multiple of 4, such as 17 or 81.")
-        for name in ("height", "width"):
+        if self.pose_frames < 1:
+            raise ValueError(f"pose_frames = {self.pose_frames}: expected 1 or more.")
+        for name in ("height", "width", "pose_size"):
             if getattr(self, name) < 16 or getattr(self, name) % 16:
                 raise ValueError(f"{name} = {getattr(self, name)}: expected a multiple of 16.")
+        unknown = [kind for kind in self.conditions if kind not in KINDS]
+        if unknown or not self.conditions or len(set(self.conditions)) < len(self.conditions):
+            raise ValueError(
+                f"conditions = {list(self.conditions)}: expected some of {', '.join(KINDS)}, each once."
+            )
         if self.fps < 0:
             raise ValueError(f"fps = {self.fps}: expected 0 or more.")
         if not self.coarse_prompt.strip():
@@ -59,7 +73,7 @@ class LoRAConfig:
 class NetworkConfig:
     """Sizes of the hypernetwork; see lofa_core.hypernetwork.HypernetworkConfig."""
 
-    patch: int = 48
+    grid: tuple[int, ...] = (2, 2)  # rows and columns of patches
     width: int = 128
     heads: int = 4
     blocks: int = 3

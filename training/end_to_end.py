@@ -7,10 +7,13 @@ what it puts out.
 import torch
 from torch import Tensor, nn
 
+from lofa_core.conditions import Conditions
 from lofa_core.hypernetwork import Hypernetwork
+from lofa_core.trunk import Layers, shape_key
 
 from .config import EndToEndConfig
 from .data.folder_tasks import Tasks
+from .factors import Factors
 from .stages import Diffusion
 
 
@@ -26,11 +29,15 @@ class EndToEnd(Diffusion):
         super().__init__(hypernetwork, _Both(hypernetwork), hypernetwork, data, None, None, settings, device)
         self.weights["size"] = settings.size_weight
 
-    def _on_factors(self, predicted: tuple[Tensor, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    def _on_factors(self, predicted: Factors, rows: Tensor) -> dict[str, Tensor]:
         """L2 on the network's output, in the units it is put out in."""
-        statistics = self.hypernetwork.statistics
-        A, B = predicted if statistics is None else statistics.normalise(*predicted, self.index)
-        return {"size": A.square().mean() + B.square().mean()}
+        statistics, total = self.hypernetwork.statistics, predicted.A[0].new_zeros(())
+        layers = sum(map(len, self.groups))
+        for look, (A, B) in zip(self.looks, predicted.pairs(), strict=True):
+            if statistics is not None:
+                A, B = statistics[shape_key(look.shape)].normalise(A, B, look.row)
+            total = total + (A.square().mean() + B.square().mean()) * (len(look.row) / layers)
+        return {"size": total}
 
 
 class _Both(nn.Module):
@@ -40,6 +47,8 @@ class _Both(nn.Module):
         super().__init__()
         self.trunk, self.stage2 = hypernetwork.stage1.trunk, hypernetwork.stage2
 
-    def forward(self, patches: Tensor, index: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.trunk(patches, index, self.trunk.project(condition), None)
-        return self.stage2(patches, index, self.stage2.trunk.project(condition), features)
+    def forward(self, looks: list[Layers], conditions: Conditions) -> Factors:
+        given = self.trunk.project(conditions), self.stage2.trunk.project(conditions)
+        found = (self.stage2(layers, given[1], self.trunk(layers, given[0], None)) for layers in looks)
+        A, B = zip(*found, strict=True)
+        return Factors(A, B)

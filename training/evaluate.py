@@ -1,188 +1,37 @@
-"""Held-out evaluation: actions that base, LoRAs and hypernetwork never saw, in sentences worded as training
-never did.
+"""Held-out evaluation: tasks that base, LoRAs and hypernetwork never saw, in sentences worded as training
+never did, poses and pictures it never saw.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor
 
 from lofa_core.hypernetwork import Hypernetwork
-from lofa_core.response_map import centred_cosine, cosine, response_map
 
-from . import flow
-from .backbones import load_vae
 from .baselines.simple import mean_lora, nearest_lora, ridge_lora
 from .config import EvaluationConfig
-from .injection import injected, target_modules
+from .factors import Factors
+from .judge import Judge, Method, predicted_factors, response_figures
 from .lora_dataset import LoRADataset
 from .miniature import evaluator as evaluator_module
-from .miniature.latents import decode_clips
 from .miniature.tasks import MiniatureTasks
-from .miniature.vae import WholeClipVAE
-from .stages import by_name
+from .miniature.world_tasks import WorldTask
 
 BASELINES = ("base", "mean LoRA", "nearest LoRA", "ridge regression")
-_TIMES = (0.2, 0.4, 0.6, 0.8, 0.95)
+Report = Callable[[str, dict[str, float]], None]
+Told = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Method:
-    """One row of the table: LoRA factors (or none), a prompt ("coarse", "fine" or "plain fine"), a guidance
-    scale.
-    """
+class Sharing:
+    """Which of a table's rows this process measures."""
 
-    name: str
-    factors: tuple[Tensor, Tensor] | None
-    prompt: str = "coarse"
-    guidance: float = 1.0
-
-
-class Judge:
-    """Draws, generates and reads clips of the held-out actions."""
-
-    def __init__(
-        self, data: MiniatureTasks, settings: EvaluationConfig, evaluator: evaluator_module.Evaluator
-    ):
-        self.data, self.settings, self.evaluator = data, settings, evaluator
-        self.model = data.load_model()
-        self.names = [layer.name for layer in data.weights.model.layers]
-        self.modules = target_modules(self.model, self.names)
-        self._decoder = WholeClipVAE(load_vae(data.base))
-        rng = np.random.default_rng(settings.seed)
-        self.sentences = [data.reserved_sentence(action, rng) for action in data.held_out]
-        self.plain_sentences = [data.plain_sentence(action, rng) for action in data.held_out]
-        self.real = data.held_out_clips(settings.clips_per_task)
-        self.labels = self.real.actions.numpy()
-        self.reference = self.read(
-            data.held_out_clips(2 * settings.clips_per_task, offset=1).latents.float()
-        )[1]
-
-    def read(self, latents: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Factor indices and features of unit latents, through the VAE's decoder."""
-        return self.evaluator.read(decode_clips(self._decoder, latents))
-
-    def measure(self, method: Method) -> dict[str, float]:
-        """Flow-matching loss, joint and mean factor accuracy, Frechet distance, diversity of a method."""
-        torch.manual_seed(self.settings.seed)  # the same noise for every method
-        loss = self._flow_matching(method)
-        noise = torch.randn(len(self.labels), *self.real.latents.shape[1:])
-        latents = [
-            flow.sample(self._velocity(method, task), part, self.settings.sampling_steps, self.settings.shift)
-            for task, part in self._by_tasks(noise)
-        ]
-        return self.score(torch.cat(latents)) | {"flow_matching": loss}
-
-    def score(self, latents: Tensor) -> dict[str, float]:
-        """Measures of latents in the order of `self.labels`."""
-        read, features = self.read(latents)
-        right = read == self.labels
-        within = features.reshape(-1, self.settings.clips_per_task, features.shape[1]).std(1).mean()
-        return {
-            "joint": float(right.all(1).mean()),
-            "mean_accuracy": float(right.mean()),
-            "frechet": evaluator_module.frechet_distance(features, self.reference),
-            "diversity": float(within),
-        }
-
-    def _flow_matching(self, method: Method) -> float:
-        clean = self.real.latents.float()
-        total = 0.0
-        for time in _TIMES:
-            noise = torch.randn_like(clean)
-            for (task, part), (_, drawn) in zip(self._by_tasks(clean), self._by_tasks(noise), strict=True):
-                with torch.no_grad():
-                    times = torch.full((len(part),), time)
-                    velocity = self._velocity(method, task, guided=False)
-                    total += len(part) * flow.loss(velocity, part, drawn, times).item()
-        return total / (len(_TIMES) * len(clean))
-
-    def _by_tasks(self, values: Tensor, tasks_at_once: int = 4) -> list[tuple[slice, Tensor]]:
-        each = self.settings.clips_per_task
-        starts = range(0, len(values) // each, tasks_at_once)
-        return [
-            (slice(start, start + tasks_at_once), values[start * each : (start + tasks_at_once) * each])
-            for start in starts
-        ]
-
-    def _velocity(self, method: Method, tasks: slice, guided: bool = True) -> flow.Velocity:
-        each = self.settings.clips_per_task
-        sentences = {"fine": self.sentences, "plain fine": self.plain_sentences}.get(method.prompt)
-        count = len(self.data.held_out[tasks])
-        prompts = sentences[tasks] if sentences else [self.data.coarse_prompt] * count
-        states = self.data.prompts(prompts).repeat_interleave(each, 0)
-        empty = self.data.prompts([""]).expand(count * each, -1, -1)
-
-        def velocity(x: Tensor, times: Tensor) -> Tensor:
-            if method.factors is None:
-                return guide(x, times)
-            A, B = (factors[tasks] for factors in method.factors)
-            with injected(self.modules, *by_name(self.names, A, B)):
-                return guide(x, times)
-
-        def guide(x: Tensor, times: Tensor) -> Tensor:
-            wanted = self.model(x, times * 1000.0, states, return_dict=False)[0]
-            if method.guidance == 1.0 or not guided:
-                return wanted
-            unwanted = self.model(x, times * 1000.0, empty, return_dict=False)[0]
-            return unwanted + method.guidance * (wanted - unwanted)
-
-        return velocity
-
-
-@torch.no_grad()
-def predicted_factors(
-    hypernetwork: Hypernetwork, data: MiniatureTasks, sentences: list[str]
-) -> tuple[Tensor, Tensor]:
-    """A [M, L, r, in], B [M, L, out, r] for M sentences."""
-    weights = data.stacked_weights()
-    index = torch.arange(len(weights))
-    parts = [hypernetwork(weights, index, data.conditions([sentence]))[:2] for sentence in sentences]
-    return torch.cat([A for A, _ in parts]), torch.cat([B for _, B in parts])
-
-
-@torch.no_grad()
-def response_figures(
-    hypernetwork: Hypernetwork,
-    data: MiniatureTasks,
-    sentences: list[str],
-    known: LoRADataset,
-    wanted: LoRADataset,
-) -> dict[str, float]:
-    """Stage I against the held-out LoRAs' maps, beside the mean training map and |W| alone.
-
-    Maps are compared as probabilities, over all layers of a task at once; centred means minus the mean
-    training map.
-    """
-    weights = data.stacked_weights()
-    patches = hypernetwork.patches(weights)
-    index = torch.arange(len(weights))
-    mean = sum(response_map(weights, b @ a).float() for a, b in zip(known.A, known.B, strict=True)) / len(
-        known.actions
-    )
-    small_weights = (weights.abs() < weights.abs().median()).float()
-    sums = {
-        "stage1_cosine": 0.0,
-        "mean_map_cosine": 0.0,
-        "small_weight_cosine": 0.0,
-        "stage1_centred_cosine": 0.0,
-    }
-    share = 0.0
-    for sentence, a, b in zip(sentences, wanted.A, wanted.B, strict=True):
-        real = response_map(weights, b @ a).float()
-        stage1 = hypernetwork.stage1
-        guess = stage1(patches, index, stage1.trunk.project(data.conditions([sentence]))).probability(
-            weights
-        )[0]
-        sums["stage1_cosine"] += float(cosine(guess, real))
-        sums["mean_map_cosine"] += float(cosine(mean, real))
-        sums["small_weight_cosine"] += float(cosine(small_weights, real))
-        sums["stage1_centred_cosine"] += float(centred_cosine(guess, real, mean))
-        share += float(real.mean())
-    return {name: total / len(sentences) for name, total in (sums | {"responding_share": share}).items()}
+    process: int = 0
+    processes: int = 1
 
 
 def evaluate(
@@ -192,50 +41,128 @@ def evaluate(
     known: LoRADataset,
     wanted: LoRADataset,
     evaluator: evaluator_module.Evaluator,
-    report: Callable[[str, dict[str, float]], None] = lambda name, figures: None,
-    process: int = 0,
-    processes: int = 1,
+    report: Report = lambda name, figures: None,
+    sharing: Sharing = Sharing(),
     more: bool = False,
 ) -> dict:
-    """The whole table and its summary, the rows shared out among processes; `known` are the training LoRAs,
-    `wanted` those of the held-out actions. `more` adds what a known wording, guidance and strength would do.
+    """All tables with their summaries; `known` are the training LoRAs, `wanted` those of the held-out tasks.
+    `more` adds what a known wording, guidance and strength would do.
+
+    Actions: "rows" and their summary. Looks, and both at once, likewise under "looks" and "both".
     """
-    if wanted.actions != data.held_out:
+    if wanted.tasks != data.held_out:
         raise ValueError(
-            f"the held-out LoRAs are of {len(wanted.actions)} actions that are not this configuration's "
+            f"the held-out LoRAs are of {len(wanted.tasks)} tasks that are not this configuration's "
             f"{len(data.held_out)} held-out ones. Train them with the same [data] table."
         )
-    judge = Judge(data, settings, evaluator)
-    own = (wanted.A, wanted.B)
-    predicted = predicted_factors(hypernetwork, data, judge.sentences)
+    found: dict[str, Any] = {}
+    for kinds, place in ((("text", "pose"), None), (("style",), "looks")):
+        asked = [kind for kind in kinds if kind in data.kinds]
+        if not asked:
+            continue
+        of_sort = _of_sort(known, place == "looks"), _of_sort(wanted, place == "looks")
+        table = _one_sort(hypernetwork, data, settings, *of_sort, asked, evaluator, report, sharing, more)
+        found |= table if place is None else {place: table}
+    if {"text", "style"} <= set(data.kinds):
+        found["both"] = _both(hypernetwork, data, settings, evaluator, report, sharing)
+    return found
+
+
+def _of_sort(loras: LoRADataset, looks: bool) -> LoRADataset:
+    """Those of looks, or of actions."""
+    rows = [row for row, task in enumerate(loras.tasks) if (task.action is None) == looks]
+    return LoRADataset(loras.loras[torch.tensor(rows)], [loras.tasks[row] for row in rows])
+
+
+def _one_sort(hypernetwork, data, settings, known, wanted, kinds, evaluator, report, sharing, more) -> dict:
+    """The table of actions, or of looks, under each of `kinds`."""
+    judge = Judge(data, wanted.tasks, settings, evaluator)
+    told = {kind: held_out_conditions(data, judge, kind) for kind in kinds}
+    indices = known.indices(), wanted.indices()
     methods = [
         Method("base", None),
         Method("base, fine prompt", None, "fine"),
-        Method("mean LoRA", mean_lora(known.A, known.B, len(wanted.actions))),
-        Method("nearest LoRA", nearest_lora(known.A, known.B, known.factors(), wanted.factors())),
-        Method("ridge regression", ridge_lora(known.A, known.B, known.factors(), wanted.factors())),
-        Method("LoFA", predicted),
-        Method("LoFA, fine prompt", predicted, "fine"),
-        Method("per-task LoRA", own),
-        Method("per-task LoRA, fine prompt", own, "fine"),
+        Method("mean LoRA", mean_lora(known.loras, len(wanted.tasks))),
+        Method("nearest LoRA", nearest_lora(known.loras, *indices)),
+        Method("ridge regression", ridge_lora(known.loras, *indices)),
+    ]
+    for kind, conditions in told.items():
+        name = "LoFA" if kind == kinds[0] else f"LoFA, {kind}"
+        predicted = predicted_factors(hypernetwork, data, conditions)
+        methods.append(Method(name, predicted))
+        if kind == kinds[0]:
+            methods.append(Method("LoFA, fine prompt", predicted, "fine"))
+    methods += [
+        Method("per-task LoRA", wanted.loras),
+        Method("per-task LoRA, fine prompt", wanted.loras, "fine"),
     ]
     if more:
+        first = next(method.factors for method in methods if method.name == "LoFA")
         methods += [
             Method("base, fine prompt in training's words", None, "plain fine"),
             Method("base, fine prompt, guidance 2.5", None, "fine", 2.5),
-            Method("LoFA x 1.3", (predicted[0], 1.3 * predicted[1])),
+            Method("LoFA x 1.3", None if first is None else first.scaled(1.3)),
         ]
+    rows = _measured(judge, methods, report, sharing)
+    maps = response_figures(hypernetwork, data, told[kinds[0]], known, wanted)
+    return {"rows": rows, "condition": kinds[0], **summarise(rows), **maps}
+
+
+def _both(hypernetwork, data, settings, evaluator, report, sharing) -> dict:
+    """Held-out actions in held-out looks: what each condition brings alone, and both together."""
+    actions = [task for task in data.held_out if task.action is not None]
+    looks = [task for task in data.held_out if task.look is not None]
+    tasks = [WorldTask(a.action, b.look) for a, b in zip(actions, looks, strict=False)]
+    judge = Judge(data, tasks, settings, evaluator)
+    text, style = (held_out_conditions(data, judge, kind) for kind in ("text", "style"))
+    loras = {
+        "text": predicted_factors(hypernetwork, data, text),
+        "style": predicted_factors(hypernetwork, data, style),
+        "text + style": predicted_factors(
+            hypernetwork, data, [a | b for a, b in zip(text, style, strict=True)]
+        ),
+    }
+    methods = [Method("base", None), Method("base, fine prompt", None, "fine")]
+    methods += [Method(f"LoFA, {name}", own) for name, own in loras.items()]
+    methods.append(Method("both LoRAs added up", added(loras["text"], loras["style"])))
+    return {"rows": _measured(judge, methods, report, sharing)}
+
+
+def added(first: Factors, second: Factors) -> Factors:
+    """LoRAs whose dW is the sum of both, at the sum of both ranks."""
+    A = tuple(torch.cat(pair, -2) for pair in zip(first.A, second.A, strict=True))
+    return Factors(A, tuple(torch.cat(pair, -1) for pair in zip(first.B, second.B, strict=True)))
+
+
+def held_out_conditions(data: MiniatureTasks, judge: Judge, kind: str) -> Told:
+    """One condition of this kind for each of the judge's tasks: a reserved wording of the action, a new
+    clip's skeletons, a picture.
+    """
+    if kind == "text":
+        if judge.tasks[0].look is None:
+            return [{"text": sentence} for sentence in judge.sentences]
+        rng = np.random.default_rng(judge.settings.seed)
+        return [{"text": data.reserved_sentence(WorldTask(task.action), rng)} for task in judge.tasks]
+    if kind == "pose":
+        rng = np.random.default_rng(judge.settings.seed + 1)
+        return [{"pose": data.pose(task, rng)} for task in judge.tasks]
+    return [{"style": [(task.look, 0)]} for task in judge.tasks]
+
+
+def _measured(
+    judge: Judge, methods: list[Method], report: Report, sharing: Sharing
+) -> dict[str, dict[str, float]]:
+    """Each method's row, shared out among processes, and the real clips' own."""
     rows: dict[str, dict[str, float]] = {}
-    for method in methods[process::processes]:
+    for method in methods[sharing.process :: sharing.processes]:
         rows[method.name] = judge.measure(method)
         report(method.name, rows[method.name])
-    if processes > 1:
+    if sharing.processes > 1:
         every = {name: row for part in gather_object([rows]) for name, row in part.items()}
         rows = {method.name: every[method.name] for method in methods}
     rows["real clips"] = judge.score(judge.real.latents.float())
     report("real clips", rows["real clips"])
-    summary = summarise(rows) | response_figures(hypernetwork, data, judge.sentences, known, wanted)
-    return {"rows": rows, **summary}
+    return rows
 
 
 def summarise(rows: dict[str, dict[str, float]]) -> dict:

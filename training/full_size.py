@@ -1,4 +1,4 @@
-"""Stand-ins of real size: WAN2.1-T2V-1.3B and LoFA_v0 with random weights under their real names and shapes.
+"""Stand-ins of real size: WAN2.1-T2V-1.3B, SDXL and LoFA_v0, random under their real names and shapes.
 
 `python -m training.full_size --out FOLDER` writes a base file of 1.4 billion bfloat16 parameters, the two
 published stages in float32 and a text condition. Loading, memory and speed are those of the real files; what
@@ -31,17 +31,27 @@ BASE, STAGE1, STAGE2, CONDITION = (
 # The sizes that WanTransformer3DModel's own defaults (those of the 14B) lack.
 WAN_1_3B = {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960}
 RELEASED = HypernetworkConfig(
-    condition_width=4096,
-    out_features=1536,
-    in_features=1536,
     rank=32,
-    patch=96,
     width=768,
     heads=12,
     blocks=8,
     feature_blocks=(3, 7),
     **RELEASED_DESIGN,
 )
+# What UNet2DConditionModel's own defaults (those of Stable Diffusion 1) have otherwise.
+SDXL = {
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+SIDE, TEXT_WIDTH = 1536, 4096
 LAYERS = 8 * WAN_1_3B["num_layers"]
 WORDS = 48  # tokens of a prompt; 464 rows of padding follow
 
@@ -50,18 +60,28 @@ def released_hypernetwork(
     seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu", layers: int = LAYERS
 ) -> Hypernetwork:
     """LoFA_v0's architecture at the published size, random, for the first `layers` target layers."""
-    shape = (RELEASED.out_features, RELEASED.in_features)
+    shape = (SIDE, SIDE)
     described = tuple(
         LayerDescription(
             f"blocks.{number // 8}.{WAN_KINDS[number % 8]}", number // 8, WAN_KINDS[number % 8], shape
         )
         for number in range(layers)
     )
-    network = Hypernetwork.unfilled(
-        RELEASED,
-        BaseDescription("WAN2.1-T2V-1.3B", described),
-        ConditionDescription("text", RELEASED.condition_width, padded_to=PROMPT_TOKENS),
-    )
+    base = BaseDescription("WAN2.1-T2V-1.3B", described)
+    condition = ConditionDescription("text", TEXT_WIDTH, padded_to=PROMPT_TOKENS)
+    return random_hypernetwork(RELEASED, base, condition, seed, dtype, device)
+
+
+def random_hypernetwork(
+    config: HypernetworkConfig,
+    base: BaseDescription,
+    condition: ConditionDescription,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> Hypernetwork:
+    """One of random weights, in inference mode."""
+    network = Hypernetwork.unfilled(config, base, (condition,))
     draw = torch.Generator(device).manual_seed(seed)
     return network.filled(
         {key: _random(key, tuple(value.shape), draw, dtype) for key, value in network.own_state().items()}
@@ -83,9 +103,8 @@ def random_parameters(model: torch.nn.Module, dtype: torch.dtype, seed: int = 0)
 
 def random_condition(words: int, draw: torch.Generator) -> Tensor:
     """Text states [1, 512, 4096] of a prompt of so many tokens, zero after its end."""
-    width = RELEASED.condition_width
-    states = torch.zeros(1, PROMPT_TOKENS, width, device=draw.device)
-    states[:, :words] = torch.randn(1, words, width, generator=draw, device=draw.device)
+    states = torch.zeros(1, PROMPT_TOKENS, TEXT_WIDTH, device=draw.device)
+    states[:, :words] = torch.randn(1, words, TEXT_WIDTH, generator=draw, device=draw.device)
     return states
 
 

@@ -6,18 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
-
-from lofa_core.key_names import wan_to_diffusers
-
-
-def target_modules(model: WanTransformer3DModel, names: list[str]) -> dict[str, nn.Linear]:
-    """Canonical layer names ("blocks.0.self_attn.q") -> the diffusers modules that hold those weights."""
-    return {
-        name: model.get_submodule(wan_to_diffusers(f"{name}.weight").removesuffix(".weight"))
-        for name in names
-    }
 
 
 @contextmanager

@@ -1,18 +1,21 @@
 """One run: its folder, its stages in order, and what each leaves behind."""
 
-import functools
 import json
 import os
 import shutil
 import time
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from lofa_core import miniature
 from lofa_core.checkpoint import load_hypernetwork, save_hypernetwork
@@ -20,18 +23,17 @@ from lofa_core.descriptions import HypernetworkConfig
 from lofa_core.hypernetwork import Hypernetwork
 
 from . import cluster
-from .backbones import TEXT_LENGTH
-from .config import TrainingConfig
+from .config import DiffusionConfig, TrainingConfig
 from .data import published
 from .data.cache import CacheSummary, cache_dataset
 from .data.folder_tasks import open_tasks
 from .end_to_end import EndToEnd
-from .evaluate import evaluate
+from .evaluate import Sharing, evaluate
+from .looks import names_by_shape
 from .lora_dataset import LoRADataset, LoRAFolder
 from .lora_factory import initial_A
 from .lora_run import Summary, make_dataset, train_here
 from .miniature import evaluator as evaluator_module
-from .miniature.latents import LatentClips
 from .readme import write_figures
 from .stages import Diffusion, Stage1, Stage2
 from .trainer import train
@@ -66,28 +68,27 @@ class Run:
             torch.set_num_threads(1)
 
     def lora_dataset(self, ray: str | None = None) -> list[Summary]:
-        """Per-task LoRAs of `lora_tasks` training actions and of every held-out one, in loras_training/ and
+        """Per-task LoRAs of `lora_tasks` training tasks and of every held-out one, in loras_training/ and
         loras_held_out/. What is valid there stays; `ray` is a cluster's address, or "local".
         """
         if ray and self.processes > 1:
             raise ValueError(f"--ray {ray}: Ray starts its own processes. Run this command without torchrun.")
         if self.config.data.folder:
             self._import_loras()
-        held_out = functools.partial(self.data.held_out_clips, self.config.data.clips_per_task, offset=2)
         found = []
         with (
             cluster.ray_workers(ray, self.data)
             if ray
             else nullcontext(train_here(self.data, self.device)) as train_batches
         ):
-            for name, actions, clips in (
-                ("held_out", self.data.held_out, held_out),
-                ("training", self._lora_actions(), self._training_clips),
+            for name, tasks, latents in (
+                ("held_out", self.data.held_out, self._held_out_latents),
+                ("training", self._lora_tasks(), self._training_latents),
             ):
                 folder = LoRAFolder((self.folder / f"loras_{name}").resolve())
                 found.append(
                     make_dataset(
-                        folder, actions, clips, self.data.coarse(), self.config.lora, train_batches,
+                        folder, tasks, latents, self.data.coarse(), self.config.lora, train_batches,
                         self.accelerator, lambda words: self.console.print(words, soft_wrap=True),
                     )
                 )  # fmt: skip
@@ -101,7 +102,8 @@ class Run:
         known = self._dataset("training")
         network = self._new_network()
         if network.statistics is not None:
-            network.statistics.fit(known.A, known.B)
+            for statistics, (A, B) in zip(network.statistics.values(), known.loras.pairs(), strict=True):
+                statistics.fit(A, B)
         network.stage1.trunk.checkpoint_activations = self.config.stage1.checkpoint_activations
         self._train(Stage1(network, self.data, known, self._held_out(), self.config.stage1, self.device))
         self._save(network, "stage1.safetensors", torch.float32)
@@ -109,6 +111,7 @@ class Run:
     def stage2(self) -> None:
         """Stage II from Stage I; writes hypernetwork.safetensors in half precision."""
         known = self._dataset("training")
+        self._check_prompts(self.config.stage2, known.tasks)
         network = load_hypernetwork(self.folder / "stage1.safetensors").requires_grad_(True)
         network.stage2.trunk.checkpoint_activations = self.config.stage2.checkpoint_activations
         stage = Stage2(network, self.data, known, self._held_out(), self.config.stage2, self.device)
@@ -119,12 +122,12 @@ class Run:
     def end_to_end(self) -> None:
         """Both stages from clips alone; writes hypernetwork.safetensors in half precision."""
         settings = self.config.end_to_end
+        self._check_prompts(settings, [])
         network = self._new_network()
         if network.statistics is not None:
-            layers = self.data.weights.model.layers
-            start = initial_A(layers, self.config.lora.rank, settings.seed)
-            A = torch.stack([start[layer.name] for layer in layers])
-            network.statistics.start(A, settings.output_scale)
+            start = initial_A(self.data.weights.model.layers, self.config.lora.rank, settings.seed)
+            for statistics, names in zip(network.statistics.values(), names_by_shape(network), strict=True):
+                statistics.start(torch.stack([start[name] for name in names]), settings.output_scale)
         for stage in (network.stage1, network.stage2):
             stage.trunk.checkpoint_activations = settings.checkpoint_activations
         stage = EndToEnd(network, self.data, settings, self.device)
@@ -132,8 +135,24 @@ class Run:
         stage.finish()
         self._save(network, "hypernetwork.safetensors", torch.float16)
 
+    def _check_prompts(self, settings: DiffusionConfig, known: Sequence) -> None:
+        """The teacher is a task's own LoRA or, without one, the base model under the task's prompt."""
+        if not self.config.data.folder or not settings.distillation_weight or settings.with_lora == 1.0:
+            return
+        mute = [task.id for task in self.data.without_prompt() if task not in known]
+        if mute:
+            raise ValueError(
+                f"distillation_weight = {settings.distillation_weight}: {len(mute)} training tasks have "
+                "neither a prompt nor a LoRA of their own that a teacher could be made of, first "
+                f"{mute[0]}. Give them prompts in tasks.jsonl and run `cache` again, or set "
+                "distillation_weight = 0."
+            )
+
     def _train(self, stage: Stage1 | Diffusion) -> None:
-        accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        # A step's tasks need not show every kind of condition to every process, nor its layers every shape.
+        many = len(self.data.kinds) > 1 or len(self.data.base_description().by_shape()) > 1
+        several = DistributedDataParallelKwargs(find_unused_parameters=many)
+        accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[several])
         train(stage, stage.settings, self.folder / stage.name, accelerator, self.console)
 
     def _save(self, network: Hypernetwork, name: str, dtype: torch.dtype) -> None:
@@ -159,11 +178,13 @@ class Run:
         network = load_hypernetwork(hypernetwork or (own if own.exists() else miniature.HYPERNETWORK))
         found = evaluate(
             network, self.data, self.config.evaluation, self._dataset("training"), self._dataset("held_out"),
-            evaluator_module.load(), self._say_row, self.process, self.processes, more,
+            evaluator_module.load(), self._say_row, Sharing(self.process, self.processes), more,
         )  # fmt: skip
         found = _rounded(found | {"seconds": time.time() - started})
         if self.process == 0:
-            self.console.print(_table(found["rows"]))
+            for table in (found, found.get("looks", {}), found.get("both", {})):
+                if "rows" in table:
+                    self.console.print(_table(table["rows"]))
             (self.folder / "evaluation.json").write_text(json.dumps(found, indent=1) + "\n")
         return found
 
@@ -201,42 +222,46 @@ class Run:
                 f'"{self.config.data.folder}".'
             )
 
-    def _training_clips(self) -> LatentClips:
+    def _training_latents(self) -> Callable[[Any], Tensor]:
         with self.accelerator.main_process_first():  # the first to ask encodes them
-            return self.data.clips
+            latents_of, _ = self.data.latents_of, self.data.clips
+        return latents_of
+
+    def _held_out_latents(self) -> Callable[[Any], Tensor]:
+        return self.data.held_out_latents(self.config.data.clips_per_task)
 
     def _dataset(self, name: str) -> LoRADataset:
-        """The run's valid LoRAs of its "training" or "held_out" actions, else the shipped ones."""
+        """The run's valid LoRAs of its "training" or "held_out" tasks, else the shipped ones."""
         folder, shipped = LoRAFolder(self.folder / f"loras_{name}"), SHIPPED / f"loras_{name}.safetensors"
         if folder.manifest.exists():
-            wanted = self.data.held_out if name == "held_out" else self._lora_actions()
-            return folder.load([layer.name for layer in self.data.weights.model.layers], wanted)
+            wanted = self.data.held_out if name == "held_out" else self._lora_tasks()
+            layers = self.data.weights.model.layers
+            groups = self.data.base_description().by_shape().values()
+            return folder.load([[layers[place].name for place in places] for places in groups], wanted)
         if self.config.data.folder or not shipped.exists():
             raise ValueError(
                 f"{self.folder}: no LoRAs here yet. Run `lora-dataset` with this configuration first."
             )
         return LoRADataset.load(shipped)
 
-    def _lora_actions(self) -> list:
-        """Evenly spread over the training actions, so that every factor value has its share."""
-        actions = self.data.training
-        count = min(self.config.data.lora_tasks, len(actions))
-        return [actions[i * len(actions) // count] for i in range(count)]
+    def _lora_tasks(self) -> list:
+        """Evenly spread over the training tasks of each sort, so that every factor value has its share."""
+        chosen = []
+        for tasks in self.data.sorts():
+            count = min(self.config.data.lora_tasks, len(tasks))
+            chosen += [tasks[i * len(tasks) // count] for i in range(count)]
+        return chosen
 
     def _new_network(self) -> Hypernetwork:
-        base, condition = self.data.descriptions()
+        base, conditions = self.data.descriptions()
         if not self.config.network.mask_padding:  # then training has to see the padding that use brings
-            condition = replace(condition, padded_to=TEXT_LENGTH)
-        out_features, in_features = base.layers[0].shape
+            conditions = tuple(
+                replace(known, padded_to=self.data.text_rows) if known.kind == "text" else known
+                for known in conditions
+            )
         torch.manual_seed(self.config.stage1.seed)
-        config = HypernetworkConfig(
-            condition_width=condition.width,
-            out_features=out_features,
-            in_features=in_features,
-            rank=self.config.lora.rank,
-            **asdict(self.config.network),
-        )
-        return Hypernetwork(config, base, condition)
+        config = HypernetworkConfig(rank=self.config.lora.rank, **asdict(self.config.network))
+        return Hypernetwork(config, base, conditions)
 
     def _say_row(self, name: str, figures: dict[str, float]) -> None:
         self.console.print(name, {key: round(value, 4) for key, value in figures.items()})

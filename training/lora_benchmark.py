@@ -17,15 +17,14 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from diffusers import WanTransformer3DModel
 from peft import LoraConfig, inject_adapter_in_model
 from rich.table import Table
 from torch import Tensor
 
 from lofa_core.key_names import wan_to_diffusers
 
-from . import flow
 from .config import DataConfig, LoRAConfig
+from .denoisers import Denoiser, Prompts, WanDenoiser
 from .lora_factory import train_loras
 from .machine import device_name, seconds
 from .miniature.tasks import MiniatureTasks
@@ -90,15 +89,16 @@ def _clips(tasks: int) -> dict[str, Tensor]:
 
 
 @functools.cache
-def _base(device: torch.device, dtype: torch.dtype) -> tuple[WanTransformer3DModel, tuple, Tensor]:
+def _base(device: torch.device, dtype: torch.dtype) -> tuple[Denoiser, tuple, Prompts]:
     data = MiniatureTasks(DataConfig(), Path())
-    model = data.load_model().to(device, dtype)
-    return model, data.weights.model.layers, data.coarse().to(device, dtype)
+    denoiser = data.load_denoiser()
+    denoiser.model.to(device, dtype)
+    return denoiser, data.weights.model.layers, data.coarse().to(device, dtype)
 
 
 def _train_together(device, dtype, clips: dict[str, Tensor], settings: LoRAConfig) -> None:
-    model, layers, states = _base(device, dtype)
-    train_loras(model, layers, clips, states, settings)
+    denoiser, layers, prompt = _base(device, dtype)
+    train_loras(denoiser, layers, clips, prompt, settings)
 
 
 def _train_apart(pool: ProcessPoolExecutor, processes: int, device, dtype, clips, settings) -> None:
@@ -110,14 +110,15 @@ def _train_apart(pool: ProcessPoolExecutor, processes: int, device, dtype, clips
 
 def _train_by_peft(device, dtype, clips: dict[str, Tensor], settings: LoRAConfig) -> Callable[[], None]:
     """The work of training one LoRA after another, each in a copy of the base that PEFT has prepared."""
-    base, layers, states = _base(device, dtype)
+    base, layers, prompt = _base(device, dtype)
     names = [wan_to_diffusers(f"{layer.name}.weight").removesuffix(".weight") for layer in layers]
     adapters = LoraConfig(r=settings.rank, lora_alpha=settings.rank, target_modules=names)
-    models = [inject_adapter_in_model(adapters, copy.deepcopy(base)) for _ in clips]
-    text = states.expand(settings.batch, -1, -1)
+    models = [inject_adapter_in_model(adapters, copy.deepcopy(base.model)) for _ in clips]
+    text = prompt.expanded(settings.batch)
 
     def train() -> None:
         for model, latents in zip(models, clips.values(), strict=True):
+            denoiser = WanDenoiser(model)
             latents = latents.to(device)
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             optimiser = torch.optim.AdamW(
@@ -125,10 +126,9 @@ def _train_by_peft(device, dtype, clips: dict[str, Tensor], settings: LoRAConfig
             )
             for _ in range(settings.steps):
                 clean = latents[torch.randint(CLIPS, (settings.batch,), device=device)].float()
-                noise, times = torch.randn_like(clean), flow.random_times(settings.batch).to(device)
-                x = flow.noised(clean, noise, times).to(dtype)
-                velocity = model(x, times * 1000.0, text, return_dict=False)[0].float()
-                loss = (velocity - (noise - clean)).pow(2).mean()
+                noise, times = torch.randn_like(clean), denoiser.random_times(settings.batch).to(device)
+                said = denoiser(denoiser.noised(clean, noise, times).to(dtype), times, text).float()
+                loss = (said - denoiser.target(clean, noise)).pow(2).mean()
                 optimiser.zero_grad()
                 loss.backward()
                 optimiser.step()

@@ -4,9 +4,9 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from safetensors import safe_open
@@ -15,48 +15,51 @@ from torch import Tensor
 from lofa_core.lora import LoRA, LoRALayer
 from lofa_core.lora_files import load_lora, save_lora, write_safetensors
 
-from .miniature.world import Action
+from .factors import Factors
+from .miniature.world_tasks import WorldTask
 
 MANIFEST = "manifest.jsonl"
 # "diverged": to be trained once more at half the learning rate; "failed": not to be tried again in this run.
 Status = Literal["done", "diverged", "failed"]
 
 
+class Task(Protocol):
+    """One personalisation. Prints as its id, by which it is told from others."""
+
+    @property
+    def id(self) -> str: ...
+
+    def metadata(self) -> dict[str, str]:
+        """What its LoRA's file says about it, besides the id."""
+        ...
+
+
 @dataclass
 class LoRADataset:
-    """A [K, L, r, in] and B [K, L, out, r] float32 (alpha folded into B) of K actions."""
+    """The LoRAs of K tasks in float32, alpha folded into B."""
 
-    A: Tensor
-    B: Tensor
-    actions: list[Action]
+    loras: Factors
+    tasks: list
 
-    def factors(self) -> Tensor:
-        """Factor indices [K, F]."""
-        return torch.tensor([action.indices() for action in self.actions])
+    def indices(self) -> Tensor:
+        """Factor indices [K, F] of tasks of the miniature's world."""
+        return torch.tensor([task.indices() for task in self.tasks])
 
     def save(self, path: Path) -> None:
-        """One file of all tasks, as the package ships them. Half precision: the factors are of order 0.1 and
-        are compared through what they do.
+        """One file of all tasks of the miniature's world, as the package ships them. Half precision: the
+        factors are of order 0.1 and are compared through what they do.
         """
-        metadata = {"actions": json.dumps([astuple(action) for action in self.actions])}
-        write_safetensors({"A": self.A.half().contiguous(), "B": self.B.half().contiguous()}, path, metadata)
+        metadata = {"tasks": json.dumps([asdict(task) for task in self.tasks])}
+        ((A, B),) = self.loras.pairs()  # its layers have one shape
+        write_safetensors({"A": A.half().contiguous(), "B": B.half().contiguous()}, path, metadata)
 
     @classmethod
     def load(cls, path: Path) -> "LoRADataset":
         """What `save` wrote."""
         with safe_open(path, "pt") as file:
-            actions = [Action(*values) for values in json.loads(file.metadata()["actions"])]
-            return cls(file.get_tensor("A").float(), file.get_tensor("B").float(), actions)
-
-
-def task_id(action: Action) -> str:
-    """A readable name, such as left_arm-wide-slow-stay-upright-apart."""
-    return "-".join(astuple(action))
-
-
-def task_metadata(action: Action) -> dict[str, str]:
-    """What a task's LoRA file says about the task: its id, and the action as `Action(**json)`."""
-    return {"task": task_id(action), "action": json.dumps(asdict(action))}
+            tasks = [WorldTask.read(values) for values in json.loads(file.metadata()["tasks"])]
+            loras = Factors((file.get_tensor("A").float(),), (file.get_tensor("B").float(),))
+            return cls(loras, tasks)
 
 
 @dataclass(frozen=True)
@@ -137,28 +140,31 @@ class LoRAFolder:
                 file.flush()
             os.fsync(file.fileno())
 
-    def write(self, metadata: dict[str, str], names: Sequence[str], A: Tensor, B: Tensor) -> tuple[str, str]:
-        """Save a task's LoRA, A [L, r, in] and B [L, out, r] with dW = B A, in half precision under the names
-        that ComfyUI loads. Returns the file's name and its SHA-256; the line is the caller's to append.
+    def write(
+        self, metadata: dict[str, str], names: Sequence[str], A: Sequence[Tensor], B: Sequence[Tensor]
+    ) -> tuple[str, str]:
+        """Save a task's LoRA, of each layer A [r, in] and B [out, r] with dW = B A, in half precision under
+        the names that ComfyUI loads. Returns the file's name and its SHA-256; the line is the caller's to
+        append.
         """
         layers = {name: LoRALayer(a, b, alpha=float(len(a))) for name, a, b in zip(names, A, B, strict=True)}
         path = self.path / f"{metadata['task']}.safetensors"
         save_lora(LoRA(layers, metadata), path, dtype=torch.float16)
         return path.name, checksum(path)
 
-    def load(self, names: Sequence[str], actions: Iterable[Action]) -> LoRADataset:
-        """The valid LoRAs among those of `actions`, in that order; `names` orders the layers.
+    def load(self, groups: Sequence[Sequence[str]], tasks: Iterable[Task]) -> LoRADataset:
+        """The valid LoRAs among those of `tasks`, in that order; `groups`: the names of each shape's layers.
 
         Raises ValueError where there is none.
         """
         valid = self.valid()
-        kept = [action for action in actions if task_id(action) in valid]
+        kept = [task for task in tasks if task.id in valid]
         if not kept:
             raise ValueError(f"{self.path}: no valid LoRA of this configuration's tasks. Run `lora-dataset`.")
-        loras = [load_lora(self.path / str(valid[task_id(action)].file)) for action in kept]
-        A = [torch.stack([lora[name].A.float() for name in names]) for lora in loras]
-        B = [torch.stack([_folded(lora[name]) for name in names]) for lora in loras]
-        return LoRADataset(torch.stack(A), torch.stack(B), kept)
+        loras = [load_lora(self.path / str(valid[task.id].file)) for task in kept]
+        A = (torch.stack([_stack(lora[n].A.float() for n in names) for lora in loras]) for names in groups)
+        B = (torch.stack([_stack(_folded(lora[n]) for n in names) for lora in loras]) for names in groups)
+        return LoRADataset(Factors(tuple(A), tuple(B)), kept)
 
 
 def checksum(path: Path) -> str:
@@ -169,3 +175,7 @@ def checksum(path: Path) -> str:
 
 def _folded(layer: LoRALayer) -> Tensor:
     return layer.B.float() * (layer.alpha / layer.rank)
+
+
+def _stack(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(tensors))

@@ -14,24 +14,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from lofa_core.base_models import TargetLayer
 from lofa_core.lora import LoRALayer
 
-from . import flow
 from .config import LoRAConfig
-from .injection import injected, target_modules
+from .denoisers import Denoiser, Prompts
+from .injection import injected
 
 
 @dataclass(frozen=True)
 class TrainedLoRA:
     """One task's LoRA (alpha = r, so dW = B A), or what became of it."""
 
-    A: Tensor  # [L, r, in] float32, on the CPU
-    B: Tensor  # [L, out, r] float32, on the CPU
-    loss: float  # flow matching, mean over the last tenth of the steps
+    A: list[Tensor]  # [r, in] of each layer, float32, on the CPU
+    B: list[Tensor]  # [out, r]
+    loss: float  # diffusion loss, mean over the last tenth of the steps
     divergence: str | None  # what is wrong with it; None if nothing is
 
 
@@ -46,24 +45,24 @@ def initial_A(layers: tuple[TargetLayer, ...], rank: int, seed: int) -> dict[str
 
 
 def train_loras(
-    model: WanTransformer3DModel,
+    denoiser: Denoiser,
     layers: tuple[TargetLayer, ...],
     clips: Mapping[str, Tensor],
-    states: Tensor,
+    prompt: Prompts,
     settings: LoRAConfig,
     *,
     report: Callable[[int, Tensor], None] = lambda step, losses: None,
 ) -> dict[str, TrainedLoRA]:
-    """LoRAs of K tasks at once, by flow matching (LoFA eq. 7) through W + B A (eq. 1) with AdamW.
+    """LoRAs of K tasks at once, by the diffusion loss (LoFA eq. 7) through W + B A (eq. 1) with AdamW.
 
-    `clips`: task id -> unit latents [n, C, T, H, W]. `states`: the prompt that all tasks train under, folded
-    text states [1, S + 1, d]. Computed where the model lies and in its dtype; factors and AdamW's moments are
-    float32. `report` gets the step and every task's loss [K]; reading them waits for the device.
+    `clips`: task id -> unit latents [n, C, ...]. `prompt`: what all tasks train under, one row. Computed
+    where the model lies and in its dtype; factors and AdamW's moments are float32. `report` gets the step and
+    every task's loss [K]; reading them waits for the device.
 
     No operation mixes tasks: what diverges in one of them is seen by no other.
     """
     names = [layer.name for layer in layers]
-    modules = target_modules(model, names)
+    modules, model = denoiser.modules(names), denoiser.model
     device, dtype = model.device, model.dtype  # asked once: diffusers walks the whole model for each answer
     A, B = _start(layers, list(clips), settings, device)
     optimiser = torch.optim.AdamW(
@@ -77,14 +76,14 @@ def train_loras(
     )
     generator = torch.Generator().manual_seed(settings.seed)
     latents = [task.to(device) for task in clips.values()]
-    text = states.to(device, dtype).expand(len(latents) * settings.batch, -1, -1)
+    text = prompt.to(device, dtype).expanded(len(latents) * settings.batch)
     last = max(1, settings.steps // 10)
     total = torch.zeros(len(latents), device=device)
     broken = torch.zeros(len(latents), dtype=torch.long, device=device)  # first step without a loss
     for step in range(1, settings.steps + 1):
         cast = ({name: x.to(dtype) for name, x in factors.items()} for factors in (A, B))
         with injected(modules, *cast):
-            losses = _losses(model, latents, text, settings.batch, generator)
+            losses = _losses(denoiser, latents, text, settings.batch, generator)
         optimiser.zero_grad()
         # The sum over tasks of each task's own mean: a task's gradient does not depend on who shares its
         # batch.
@@ -97,13 +96,12 @@ def train_loras(
             total += losses / last
         report(step, losses)
     W_norms = torch.stack([modules[name].weight.detach().float().norm() for name in names])
-    found_A, found_B = (torch.stack([x[name].detach() for name in names], 1) for x in (A, B))
-    relative = (_norms(found_A, found_B) / W_norms).cpu()  # [K, L]
+    found = [[factors[name].detach() for name in names] for factors in (A, B)]
+    relative = (torch.stack([_norms(a, b) for a, b in zip(*found, strict=True)], 1) / W_norms).cpu()  # [K, L]
+    own = ([[factor[row].cpu() for factor in factors] for factors in found] for row in range(len(clips)))
     return {
-        task: _finished(*row, names, settings)
-        for task, *row in zip(
-            clips, found_A.cpu(), found_B.cpu(), total.tolist(), broken.tolist(), relative, strict=True
-        )
+        task: _finished(a, b, *row, names, settings)
+        for task, (a, b), *row in zip(clips, own, total.tolist(), broken.tolist(), relative, strict=True)
     }
 
 
@@ -122,26 +120,34 @@ def _start(layers, tasks: list[str], settings: LoRAConfig, device) -> tuple[dict
     return A, B
 
 
-def _losses(model, latents: list[Tensor], text: Tensor, batch: int, generator: torch.Generator) -> Tensor:
-    """Each task's flow-matching loss [K] on `batch` of its clips, under the same noise and times."""
-    count, device = len(latents), text.device
+def _losses(
+    denoiser: Denoiser, latents: list[Tensor], text: Prompts, batch: int, generator: torch.Generator
+) -> Tensor:
+    """Each task's diffusion loss [K] on `batch` of its clips, under the same noise and times."""
+    count, device, dtype = len(latents), text.states.device, text.states.dtype
     picks = torch.randint(2**31, (batch,), generator=generator)
     clean = torch.cat([clips[(picks % len(clips)).to(device)] for clips in latents]).float()
-    noise = torch.randn(batch, *clean.shape[1:], generator=generator).to(device).repeat(count, 1, 1, 1, 1)
-    times = flow.random_times(batch, generator).to(device).repeat(count)
-    x = flow.noised(clean, noise, times).to(text.dtype)
-    velocity = model(x, times * 1000.0, text, return_dict=False)[0].float()
-    return (velocity - (noise - clean)).pow(2).view(count, -1).mean(1)
+    noise = torch.randn(batch, *clean.shape[1:], generator=generator).to(device)
+    noise = noise.repeat(count, *[1] * (noise.ndim - 1))
+    times = denoiser.random_times(batch, generator).to(device).repeat(count)
+    said = denoiser(denoiser.noised(clean, noise, times).to(dtype), times, text).float()
+    return (said - denoiser.target(clean, noise)).pow(2).reshape(count, -1).mean(1)
 
 
 def _norms(A: Tensor, B: Tensor) -> Tensor:
-    """||B A|| (Frobenius) [K, L]: its square is the trace of (B^T B)(A A^T), r x r matrices."""
+    """||B A|| (Frobenius) [K] of a layer: its square is the trace of (B^T B)(A A^T), r x r matrices."""
     squares = ((B.mT @ B) * (A @ A.mT)).sum((-1, -2))
     return squares.clamp(min=0.0).sqrt()
 
 
 def _finished(
-    A: Tensor, B: Tensor, loss: float, broken: int, relative: Tensor, names: list[str], settings: LoRAConfig
+    A: list[Tensor],
+    B: list[Tensor],
+    loss: float,
+    broken: int,
+    relative: Tensor,
+    names: list[str],
+    settings: LoRAConfig,
 ) -> TrainedLoRA:
     """One task's factors and its verdict; `broken`: first step without a loss, `relative`: ||dW|| / ||W||."""
     worst = int(relative.nan_to_num(math.inf).argmax())
@@ -156,5 +162,5 @@ def _finished(
         divergence = None
     if settings.canonical and divergence is None:
         forms = [LoRALayer(a, b, settings.rank).truncated(settings.rank) for a, b in zip(A, B, strict=True)]
-        A, B = torch.stack([form.A for form in forms]), torch.stack([form.B for form in forms])
+        A, B = [form.A for form in forms], [form.B for form in forms]
     return TrainedLoRA(A, B, loss, divergence)

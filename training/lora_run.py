@@ -7,17 +7,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from lofa_core.base_models import TargetLayer
 
 from .config import LoRAConfig
 from .data.folder_tasks import Tasks
-from .lora_dataset import LoRAFolder, Record, Status, task_id, task_metadata
+from .denoisers import Denoiser, Prompts
+from .lora_dataset import LoRAFolder, Record, Status, Task
 from .lora_factory import train_loras
-from .miniature.latents import LatentClips
-from .miniature.world import Action
 
 
 @dataclass(frozen=True)
@@ -26,8 +24,8 @@ class Batch:
 
     folder: Path  # of the LoRA files
     metadata: dict[str, dict[str, str]]  # task id -> what its file says
-    clips: dict[str, Tensor]  # task id -> unit latents [n, C, T, H, W]
-    states: Tensor  # the prompt's folded text states [1, S + 1, d]
+    clips: dict[str, Tensor]  # task id -> unit latents [n, C, ...]
+    prompt: Prompts  # that all tasks train under, one row
     settings: LoRAConfig
 
 
@@ -35,11 +33,11 @@ class Batch:
 Trainer = Callable[[Iterable[Batch]], Iterator[list[Record]]]
 
 
-def train_batch(model: WanTransformer3DModel, layers: tuple[TargetLayer, ...], batch: Batch) -> list[Record]:
+def train_batch(denoiser: Denoiser, layers: tuple[TargetLayer, ...], batch: Batch) -> list[Record]:
     """Train a batch and write the files of what did not diverge. The manifest is left to the caller."""
     names, folder = [layer.name for layer in layers], LoRAFolder(batch.folder)
     settings, records = recorded(batch.settings), []
-    trained = train_loras(model, layers, batch.clips, batch.states, batch.settings)
+    trained = train_loras(denoiser, layers, batch.clips, batch.prompt, batch.settings)
     for task, lora in trained.items():
         if lora.divergence:
             records.append(Record(task, "diverged", reason=lora.divergence, settings=settings))
@@ -60,9 +58,10 @@ def train_here(data: Tasks, device: torch.device) -> Trainer:
     """A trainer in this process."""
 
     def train(batches: Iterable[Batch]) -> Iterator[list[Record]]:
-        model = data.load_model().to(device)
+        denoiser = data.load_denoiser()
+        denoiser.model.to(device)
         for batch in batches:
-            yield train_batch(model, data.weights.model.layers, batch)
+            yield train_batch(denoiser, data.weights.model.layers, batch)
 
     return train
 
@@ -87,44 +86,44 @@ class Summary:
 
 def make_dataset(
     folder: LoRAFolder,
-    actions: Sequence[Action],
-    clips: Callable[[], LatentClips],
-    states: Tensor,
+    tasks: Sequence[Task],
+    latents: Callable[[], Callable[[Task], Tensor]],
+    prompt: Prompts,
     settings: LoRAConfig,
     train: Trainer,
     accelerator: Accelerator,
     say: Callable[[str], None] = lambda words: None,
 ) -> Summary:
-    """Train the actions that have no valid LoRA in the folder; what diverges, once more at half the rate.
+    """Train the tasks that have no valid LoRA in the folder; what diverges, once more at half the rate.
 
-    `clips` is asked only if something is missing. `states`: the prompt that all tasks train under, folded
-    text states [1, S + 1, d]. An accelerator's processes share the tasks. A task's LoRA does not depend on
-    which tasks share its batch, beyond rounding. Raises ValueError where the folder's LoRAs were trained with
-    other settings.
+    `latents` is asked only if something is missing; what it gives has a task's unit latents [n, C, ...].
+    `prompt`: what all tasks train under, one row. An accelerator's processes share the tasks. A task's LoRA
+    does not depend on which tasks share its batch, beyond rounding. Raises ValueError where the folder's
+    LoRAs were trained with other settings.
     """
     if accelerator.is_main_process:
         folder.prepare()
     accelerator.wait_for_everyone()
     valid = folder.valid()
     _check_settings(folder, valid.values(), settings)
-    missing = {task_id(action): action for action in actions if task_id(action) not in valid}
+    missing = {task.id: task for task in tasks if task.id not in valid}
     accelerator.wait_for_everyone()  # nobody adds a line before all have read them
     own = list(missing)[accelerator.process_index :: accelerator.num_processes]
     half = replace(settings, learning_rate=settings.learning_rate / 2)
     if missing:
-        shown = clips()
+        latents_of = latents()
 
-        def attempt(tasks: list[str], settings: LoRAConfig, otherwise: Status) -> list[str]:
-            chosen = {task: missing[task] for task in tasks}
-            batches = _batches(folder.path, chosen, shown, states, settings)
-            return _attempt(folder, train(batches), len(tasks), otherwise, say) if tasks else []
+        def attempt(names: list[str], settings: LoRAConfig, otherwise: Status) -> list[str]:
+            chosen = [missing[name] for name in names]
+            batches = _batches(folder.path, chosen, latents_of, prompt, settings)
+            return _attempt(folder, train(batches), len(names), otherwise, say) if names else []
 
         attempt(attempt(own, settings, "diverged"), half, "failed")
     accelerator.wait_for_everyone()
     records = {task: record for task, record in folder.records().items() if task in missing}
     return Summary(
         folder.path,
-        skipped=tuple(task_id(action) for action in actions if task_id(action) in valid),
+        skipped=tuple(task.id for task in tasks if task.id in valid),
         done=tuple(task for task in missing if records[task].status == "done"),
         retried=tuple(
             task for task in missing if records[task].settings["learning_rate"] == half.learning_rate
@@ -134,16 +133,20 @@ def make_dataset(
 
 
 def _batches(
-    folder: Path, tasks: dict[str, Action], clips: LatentClips, states: Tensor, settings: LoRAConfig
+    folder: Path,
+    tasks: Sequence[Task],
+    latents: Callable[[Task], Tensor],
+    prompt: Prompts,
+    settings: LoRAConfig,
 ) -> Iterator[Batch]:
     size = settings.tasks_at_once
     for start in range(0, len(tasks), size):
-        names = list(tasks)[start : start + size]
+        chosen = tasks[start : start + size]
         yield Batch(
             folder,
-            {name: task_metadata(tasks[name]) for name in names},
-            {name: clips.latents[clips.of(tasks[name])] for name in names},
-            states,
+            {task.id: {"task": task.id} | task.metadata() for task in chosen},
+            {task.id: latents(task) for task in chosen},
+            prompt,
             settings,
         )
 

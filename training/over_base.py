@@ -1,18 +1,27 @@
 """What tasks know of the base model they live in."""
 
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from diffusers import WanTransformer3DModel
 from torch import Tensor
 from torch.nn import functional as F
 
 from lofa_core.base_models import BaseWeights
+from lofa_core.conditions import Conditions, Given
 from lofa_core.descriptions import BaseDescription, LayerDescription
 from lofa_core.hypernetwork import Hypernetwork
 
-from .backbones import load_transformer, use_folded_padding
+from .backbones import (
+    TEXT_LENGTH,
+    load_noise_schedule,
+    load_transformer,
+    load_unet,
+    pixels_of_a_latent,
+    use_folded_padding,
+)
+from .denoisers import Denoiser, SDXLDenoiser, WanDenoiser
 
 
 class OverBase:
@@ -21,19 +30,35 @@ class OverBase:
     def __init__(self, base: Path):
         self.base = base
 
-    def load_model(self) -> WanTransformer3DModel:
-        """The frozen base model, taking text from `fold_padding`."""
+    def load_denoiser(self) -> Denoiser:
+        """The frozen base model, in float32."""
+        if self._is_sdxl:
+            model = load_unet(self.base).requires_grad_(False)
+            return SDXLDenoiser(model, load_noise_schedule(self.base), pixels_of_a_latent(self.base))
         model = load_transformer(self.base).requires_grad_(False)
         use_folded_padding(model)
-        return model
+        return WanDenoiser(model)
+
+    @property
+    def _is_sdxl(self) -> bool:
+        return self.weights.model.name.startswith("SDXL")
+
+    @property
+    def text_rows(self) -> int:
+        """To how many rows the base pads text states with zeros; 0: its padding is tokens like others."""
+        return 0 if self._is_sdxl else TEXT_LENGTH
 
     @cached_property
     def weights(self) -> BaseWeights:
         return BaseWeights.open(self.base)
 
-    def stacked_weights(self) -> Tensor:
-        """[L, out, in] float32 of all target layers."""
-        return torch.stack([self.weights.read(layer).float() for layer in self.weights.model.layers])
+    def weights_by_shape(self) -> list[Tensor]:
+        """[L, out, in] float32 of the target layers of each shape."""
+        layers = self.weights.model.layers
+        return [
+            torch.stack([self.weights.read(layers[place]).float() for place in places])
+            for places in self.base_description().by_shape().values()
+        ]
 
     def base_description(self) -> BaseDescription:
         """The base model that a hypernetwork trained on these tasks is for."""
@@ -42,8 +67,13 @@ class OverBase:
         return BaseDescription(model.name, layers, self.weights.fingerprint())
 
 
-def padded(condition: Tensor, hypernetwork: Hypernetwork) -> Tensor:
-    """Condition tokens [B, S, d] with the rows of zeros that the hypernetwork is used with: some attend to
-    them.
-    """
-    return F.pad(condition, (0, 0, 0, max(0, hypernetwork.condition.padded_to - condition.shape[1])))
+def padded(conditions: Conditions, hypernetwork: Hypernetwork) -> Conditions:
+    """The conditions with the rows of zeros that the hypernetwork is used with: some attend to them."""
+    return {
+        kind: _padded(given, hypernetwork.conditions[kind].padded_to) for kind, given in conditions.items()
+    }
+
+
+def _padded(given: Given, rows: int) -> Given:
+    missing = rows - given.values.shape[1]
+    return given if missing <= 0 else replace(given, values=F.pad(given.values, (0, 0, 0, missing)))

@@ -4,19 +4,24 @@ import contextlib
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lofa_core.conditions import Conditions
 from lofa_core.hypernetwork import GaussianResponse, Hypernetwork, Response
 from lofa_core.response_map import response_map
+from lofa_core.trunk import Layers, shape_key
 
-from . import flow
 from .config import DiffusionConfig, Stage1Config, Stage2Config
 from .data.folder_tasks import Tasks
-from .injection import injected, target_modules
+from .denoisers import Prompts
+from .factors import Factors, by_name
+from .injection import injected
+from .looks import looks_at, names_by_shape, on, some_of
 from .lora_dataset import LoRADataset
 from .losses import RECONSTRUCTION
 from .over_base import padded
@@ -30,19 +35,24 @@ def stage1_losses(response: Response, weights: Tensor, A: Tensor, B: Tensor) -> 
 
     weights [N, out, in]; targets A [K, N, r, in], B [K, N, out, r].
     """
-    delta = B @ A
-    wanted = response_map(weights.expand_as(delta), delta).float()
-    probability = response.probability(weights).clamp(1e-6, 1.0 - 1e-6)
-    losses = {
-        "cross_entropy": F.binary_cross_entropy(probability, wanted),
-        "size": response.A.square().mean() + response.B.square().mean(),
-    }
-    if isinstance(response, GaussianResponse):
-        log_deviation = response.row_log_deviation.unsqueeze(-1) + response.column_log_deviation.unsqueeze(-2)
-        error = (delta - response.B @ response.A) * (-log_deviation).exp()
-        typical = log_deviation.detach().mean()  # so that the term does not depend on the unit of dW
-        losses["likelihood"] = (0.5 * error.pow(2) + log_deviation - typical).mean()
-    return losses
+    # In bfloat16 a probability of 1 - 1e-6 would be 1, and cost a hundred where it is wrong.
+    with torch.autocast(A.device.type, enabled=False):
+        delta = B @ A
+        wanted = response_map(weights.expand_as(delta), delta).float()
+        probability = response.probability(weights).clamp(1e-6, 1.0 - 1e-6)
+        losses = {
+            "cross_entropy": F.binary_cross_entropy(probability, wanted),
+            "size": response.A.float().square().mean() + response.B.float().square().mean(),
+        }
+        if isinstance(response, GaussianResponse):
+            log_deviation = (
+                response.row_log_deviation.float().unsqueeze(-1)
+                + response.column_log_deviation.float().unsqueeze(-2)
+            )
+            error = (delta - response.B.float() @ response.A.float()) * (-log_deviation).exp()
+            typical = log_deviation.detach().mean()  # so that the term does not depend on the unit of dW
+            losses["likelihood"] = (0.5 * error.pow(2) + log_deviation - typical).mean()
+        return losses
 
 
 class Stage1:
@@ -62,29 +72,49 @@ class Stage1:
         self.hypernetwork, self.data, self.known, self.held_out = hypernetwork, data, known, held_out
         self.settings, self.device = settings, device
         self.module = _Stage1(hypernetwork.to(device))
-        self.base = data.stacked_weights().to(device)
-        self.patches = hypernetwork.patches(self.base)
+        self.base = [weights.to(device) for weights in data.weights_by_shape()]
+        self.looks = looks_at(hypernetwork, self.base)
         self.weights = {
             "cross_entropy": 1.0, "likelihood": settings.likelihood_weight, "size": settings.size_weight,
         }  # fmt: skip
 
     def tasks(self, step: int, items: Sequence[int]) -> list[str]:
-        return [str(self.known.actions[pick]) for pick, _ in self._drawn(step, items)]
+        return [self.known.tasks[pick].id for pick, _ in self._drawn(step, items)]
 
     def _drawn(self, step: int, items: Sequence[int]) -> list[tuple[int, np.random.Generator]]:
         draws = [draw(self.settings.seed, step, item) for item in items]
-        return [(int(rng.integers(len(self.known.actions))), rng) for rng in draws]
+        return [(int(rng.integers(len(self.known.tasks))), rng) for rng in draws]
 
     def losses(self, model: nn.Module, step: int, items: Sequence[int]) -> dict[str, Tensor]:
         drawn = self._drawn(step, items)
-        sentences = [self.data.sentence(self.known.actions[pick], rng) for pick, rng in drawn]
-        layers = draw(self.settings.seed, step).permutation(len(self.base))[: self.settings.layers]
-        index = torch.from_numpy(layers).to(self.device)
-        condition = padded(self.data.conditions(sentences), self.hypernetwork).to(self.device)
-        response = model(self.patches[index], index, condition)
+        told = [self.data.condition(self.known.tasks[pick], rng) for pick, rng in drawn]
+        conditions = on(padded(self.data.conditions(told), self.hypernetwork), self.device)
+        rows = self._rows(step)
+        some = [some_of(layers, own) for layers, own in zip(self.looks, rows, strict=True) if len(own)]
+        weights = [weights[own] for weights, own in zip(self.base, rows, strict=True) if len(own)]
+        responses = model(some, conditions)
         picks = torch.tensor([pick for pick, _ in drawn])
-        targets = (x[picks][:, index.cpu()].to(self.device) for x in (self.known.A, self.known.B))
-        return stage1_losses(response, self.base[index], *targets)
+        targets = self.known.loras[picks].to(self.device)
+        wanted = [
+            (A[:, own], B[:, own]) for (A, B), own in zip(targets.pairs(), rows, strict=True) if len(own)
+        ]
+        total: dict[str, Tensor] = {}
+        layers = sum(map(len, rows))
+        for response, W, (A, B) in zip(responses, weights, wanted, strict=True):
+            for name, value in stage1_losses(response, W, A, B).items():
+                total[name] = total.get(name, 0.0) + value * (len(W) / layers)
+        return total
+
+    def _rows(self, step: int) -> list[Tensor]:
+        """Some layers drawn for this step: their rows among those of each shape."""
+        counts = [len(weights) for weights in self.base]
+        drawn = draw(self.settings.seed, step).permutation(sum(counts))[: self.settings.layers]
+        rows, first = [], 0
+        for count in counts:
+            own = drawn[(drawn >= first) & (drawn < first + count)] - first
+            rows.append(torch.from_numpy(own).to(self.device))
+            first += count
+        return rows
 
     def after_step(self, step: int) -> None:
         pass
@@ -105,8 +135,9 @@ class _Stage1(nn.Module):
         super().__init__()
         self.stage1 = hypernetwork.stage1
 
-    def forward(self, patches: Tensor, index: Tensor, condition: Tensor) -> Response:
-        return self.stage1(patches, index, self.stage1.trunk.project(condition))
+    def forward(self, looks: list[Layers], conditions: Conditions) -> list[Response]:
+        condition = self.stage1.trunk.project(conditions)
+        return [self.stage1(layers, condition) for layers in looks]
 
 
 class _Stage2(nn.Module):
@@ -117,20 +148,24 @@ class _Stage2(nn.Module):
         self.stage2 = hypernetwork.stage2
         self._stage1 = [hypernetwork.stage1]  # in a list: not this module's to train or to synchronise
 
-    def forward(self, patches: Tensor, index: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, looks: list[Layers], conditions: Conditions) -> Factors:
         (stage1,) = self._stage1
         with torch.no_grad():
-            features = stage1(patches, index, stage1.trunk.project(condition)).features
-        return self.stage2(patches, index, self.stage2.trunk.project(condition), features)
+            condition = stage1.trunk.project(conditions)
+            features = [stage1(layers, condition).features for layers in looks]
+        condition = self.stage2.trunk.project(conditions)
+        found = (self.stage2(layers, condition, own) for layers, own in zip(looks, features, strict=True))
+        A, B = zip(*found, strict=True)
+        return Factors(A, B)
 
 
 class Diffusion(ABC):
     """What every stage shares that is taught through the base model: the diffusion loss (eq. 7) of each
     task's clips under the predicted LoRA, and distillation.
 
-    The base model under the coarse prompt with the predicted LoRA must match the clip's velocity, and a
-    teacher's: the base with the task's own LoRA, or under the fine prompt without. `average` is what is kept
-    of `trained` in the end.
+    The base model under the coarse prompt with the predicted LoRA must match what training wants of it (WAN:
+    the clip's velocity, SDXL: the noise), and what a teacher says: the base with the task's own LoRA, or
+    under the fine prompt without. `average` is what is kept of `trained` in the end.
     """
 
     name = ""
@@ -150,99 +185,95 @@ class Diffusion(ABC):
         self.data, self.known, self.held_out = data, known, held_out
         self.settings, self.device = settings, device
         self.average = copy.deepcopy(trained).requires_grad_(False)
-        self.patches = hypernetwork.patches(data.stacked_weights().to(device))
-        self.model = data.load_model().to(device)
+        self.looks = looks_at(hypernetwork, [weights.to(device) for weights in data.weights_by_shape()])
+        self.denoiser = data.load_denoiser()
+        self.denoiser.model.to(device)
         if settings.checkpoint_activations:
-            self.model.enable_gradient_checkpointing()
-        self.names = [layer.name for layer in hypernetwork.base.layers]
-        self.modules = target_modules(self.model, self.names)
-        self.index = torch.arange(len(self.names), device=device)
+            self.denoiser.model.enable_gradient_checkpointing()
+        self.groups = names_by_shape(hypernetwork)
+        self.modules = self.denoiser.modules([name for names in self.groups for name in names])
         self.coarse = data.coarse().to(device)
-        self.shown = data.clips.action_weights().to(device)
-        self.own = {action: row for row, action in enumerate(known.actions)} if known else {}
+        self.own = {task: row for row, task in enumerate(known.tasks)} if known else {}
         self.weights = {name: getattr(settings, f"{name}_weight") for name in ("diffusion", "distillation")}
         self._injection = contextlib.ExitStack()
 
     def tasks(self, step: int, items: Sequence[int]) -> list[str]:
-        return [str(action) for action, _ in self._drawn(step, items)]
+        return [task.id for task, _ in self._drawn(step, items)]
 
-    def _drawn(self, step: int, items: Sequence[int]) -> list[tuple[object, np.random.Generator]]:
+    def _drawn(self, step: int, items: Sequence[int]) -> list[tuple[Any, np.random.Generator]]:
         """The first items of a step are tasks with a LoRA of their own, the others any."""
         few = round(self.settings.with_lora * self.settings.tasks) if self.own else 0
         drawn = []
         for item in items:
             rng = draw(self.settings.seed, step, item)
-            choices = self.known.actions if self.known and item < few else self.data.training
-            drawn.append((choices[rng.integers(len(choices))], rng))
+            known = self.known.tasks if self.known and item < few else None
+            drawn.append((known[rng.integers(len(known))] if known else self.data.draw_task(rng), rng))
         return drawn
 
     def losses(self, model: nn.Module, step: int, items: Sequence[int]) -> dict[str, Tensor]:
         settings, device = self.settings, self.device
-        actions, draws = zip(*self._drawn(step, items), strict=True)
-        sentences = [self.data.sentence(action, rng) for action, rng in zip(actions, draws, strict=True)]
-        condition = padded(self.data.conditions(sentences), self.hypernetwork).to(device)
-        predicted = model(self.patches, self.index, condition)
+        tasks, draws = zip(*self._drawn(step, items), strict=True)
+        told = [self.data.condition(task, rng) for task, rng in zip(tasks, draws, strict=True)]
+        conditions = on(padded(self.data.conditions(told), self.hypernetwork), device)
+        predicted = model(self.looks, conditions)
 
-        x, velocity_of_data, times, fine = self._noised(actions, draws)
-        rows = torch.tensor([self.own.get(action, -1) for action in actions])
+        x, target, times, fine = self._noised(tasks, draws)
+        rows = torch.tensor([self.own.get(task, -1) for task in tasks])
         teacher = self._teacher(x, times, fine, rows) if settings.distillation_weight else None
         use_fine = draw(settings.seed, step).random() < settings.fine_prompts
-        text = fine if use_fine else self.coarse.expand(len(x), -1, -1)
+        text = fine if use_fine else self.coarse.expanded(len(x))
         # Not taken out before the backward pass, which may compute the base model's blocks again.
         self._injection.close()
-        self._injection.enter_context(injected(self.modules, *by_name(self.names, *predicted)))
-        velocity = self.model(x, times * 1000.0, text, return_dict=False)[0]
-        losses = {"diffusion": (self.shown * (velocity - velocity_of_data).pow(2)).mean()}
+        self._injection.enter_context(injected(self.modules, *by_name(self.groups, predicted)))
+        said = self.denoiser(x, times, text)
+        shown = torch.stack([self.data.loss_weights(task) for task in tasks]).to(device)
+        shown = shown.repeat_interleave(settings.clips, 0)
+        losses = {"diffusion": (shown * (said - target).pow(2)).mean()}
         if teacher is not None:
-            losses["distillation"] = (self.shown * (velocity - teacher).pow(2)).mean()
+            losses["distillation"] = (shown * (said - teacher).pow(2)).mean()
         return losses | self._on_factors(predicted, rows)
 
     @abstractmethod
-    def _on_factors(self, predicted: tuple[Tensor, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    def _on_factors(self, predicted: Factors, rows: Tensor) -> dict[str, Tensor]:
         """Losses on the predicted factors. rows [K]: the tasks' own LoRAs in `known`, -1 for none."""
 
-    def _noised(self, actions: Sequence, draws: Sequence[np.random.Generator]) -> tuple[Tensor, ...]:
-        """(x_t, the velocity of the clips, times, fine prompts) of `clips` clips of each task."""
-        clean, noise, times = [], [], []
-        for action, rng in zip(actions, draws, strict=True):
-            clips = self.data.clips_by_action[action]
-            picks = clips[torch.from_numpy(rng.integers(len(clips), size=self.settings.clips))]
-            clean.append(self.data.clips.latents[picks].float())
+    def _noised(
+        self, tasks: Sequence, draws: Sequence[np.random.Generator]
+    ) -> tuple[Tensor, Tensor, Tensor, Prompts]:
+        """(x_t, what training wants of it, times, fine prompts) of `clips` clips of each task."""
+        clean, noise, times, sentences = [], [], [], []
+        for task, rng in zip(tasks, draws, strict=True):
+            clean.append(self.data.some_latents(task, self.settings.clips, rng).float())
             generator = noise_from(rng)
             noise.append(torch.randn(clean[-1].shape, generator=generator))
-            times.append(flow.random_times(len(picks), generator))
-        # The action alone: clothes that the clip does not show would be noise in the teacher's answer.
-        sentences = [
-            self.data.plain_sentence(action, rng) for action, rng in zip(actions, draws, strict=True)
-        ]
-        fine = self.data.prompts(sentences).to(self.device).repeat_interleave(self.settings.clips, 0)
+            times.append(self.denoiser.random_times(len(clean[-1]), generator))
+        for task, rng in zip(tasks, draws, strict=True):
+            # What the task is about alone: all else would be noise in the teacher's answer.
+            sentences.append(self.data.plain_sentence(task, rng))
+        fine = self.data.prompts(sentences).to(self.device).repeated(self.settings.clips)
         x0, epsilon, t = (torch.cat(parts).to(self.device) for parts in (clean, noise, times))
-        return flow.noised(x0, epsilon, t), epsilon - x0, t, fine
+        return self.denoiser.noised(x0, epsilon, t), self.denoiser.target(x0, epsilon), t, fine
 
-    def _teacher(self, x: Tensor, times: Tensor, fine: Tensor, rows: Tensor) -> Tensor:
-        """Velocities to match: base + own LoRA under the coarse prompt where there is one, else the base
-        under the fine prompt, guided away from the coarse one: a student of many tasks answers too faintly,
-        and this makes up for it.
+    def _teacher(self, x: Tensor, times: Tensor, fine: Prompts, rows: Tensor) -> Tensor:
+        """What to match: base + own LoRA under the coarse prompt where there is one, else the base under the
+        fine prompt, guided away from the coarse one: a student of many tasks answers too faintly, and this
+        makes up for it.
         """
         has_lora = (rows >= 0).repeat_interleave(self.settings.clips).to(x.device)
         guidance, target = self.settings.teacher_guidance, torch.empty_like(x)
         with torch.no_grad():
             plain = ~has_lora
             if plain.any():
-                inputs = x[plain], times[plain] * 1000.0
-                said = self.model(*inputs, fine[plain], return_dict=False)[0]
+                said = self.denoiser(x[plain], times[plain], fine[plain])
                 if guidance != 1.0:
-                    coarse = self.coarse.expand(len(said), -1, -1)
-                    unsaid = self.model(*inputs, coarse, return_dict=False)[0]
+                    unsaid = self.denoiser(x[plain], times[plain], self.coarse.expanded(len(said)))
                     said = unsaid + guidance * (said - unsaid)
                 target[plain] = said
-            if has_lora.any():
-                own = (factor[rows[rows >= 0]].to(x.device) for factor in (self.known.A, self.known.B))
-                coarse = self.coarse.expand(int(has_lora.sum()), -1, -1)
-                with injected(self.modules, *by_name(self.names, *own)):
-                    target[has_lora] = self.model(
-                        x[has_lora], times[has_lora] * 1000.0, coarse, return_dict=False
-                    )[0]
+            if self.known is not None and has_lora.any():
+                own = self.known.loras[rows[rows >= 0]].to(x.device)
+                coarse = self.coarse.expanded(int(has_lora.sum()))
+                with injected(self.modules, *by_name(self.groups, own)):
+                    target[has_lora] = self.denoiser(x[has_lora], times[has_lora], coarse)
         return target
 
     def after_step(self, step: int) -> None:
@@ -290,19 +321,21 @@ class Stage2(Diffusion):
         self.weights["reconstruction"] = settings.reconstruction_weight
         self.compare = RECONSTRUCTION[settings.reconstruction]
 
-    def _on_factors(self, predicted: tuple[Tensor, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    def _on_factors(self, predicted: Factors, rows: Tensor) -> dict[str, Tensor]:
         """Reconstruction: the mean over all tasks; one without a LoRA of its own counts nothing."""
         known = rows >= 0
         if not self.weights["reconstruction"]:
             return {}
         if self.known is None or not known.any():
-            return {"reconstruction": predicted[0].new_zeros(())}
-        wanted = (self.known.A[rows[known]].to(self.device), self.known.B[rows[known]].to(self.device))
-        found = (predicted[0][known], predicted[1][known])
-        each = self.compare(found, wanted, self.hypernetwork.statistics)
+            return {"reconstruction": predicted.A[0].new_zeros(())}
+        wanted = self.known.loras[rows[known]].to(self.device)
+        statistics = self.hypernetwork.statistics
+        layers = sum(map(len, self.groups))
+        each = sum(
+            self.compare(found, own, None if statistics is None else statistics[shape_key(look.shape)])
+            * (len(look.index) / layers)
+            for look, found, own in zip(
+                self.looks, predicted[known.to(self.device)].pairs(), wanted.pairs(), strict=True
+            )
+        )
         return {"reconstruction": each.sum() / len(rows)}
-
-
-def by_name(names: list[str], A: Tensor, B: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A [K, L, r, in], B [K, L, out, r] -> per layer [K, r, in] and [K, out, r]."""
-    return dict(zip(names, A.unbind(1), strict=True)), dict(zip(names, B.unbind(1), strict=True))

@@ -1,13 +1,18 @@
 """Looks during training: how near predictions come on held-out tasks, beside what the mean LoRA gets."""
 
+from collections.abc import Iterable, Iterator, Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from lofa_core.conditions import Conditions
 from lofa_core.hypernetwork import Hypernetwork
 from lofa_core.response_map import centred_cosine, cosine, response_map
 
 from .data.folder_tasks import Tasks
+from .factors import Factors
+from .looks import looks_at, on
 from .lora_dataset import LoRADataset
 from .over_base import padded
 
@@ -22,18 +27,17 @@ def response_cosines(
     """Cosine of Stage I's maps with the real ones, plain and centred on the mean training map, and that
     map's own plain cosine: what a prediction has to beat.
     """
-    weights = data.stacked_weights()
-    mean = sum(response_map(weights, b @ a).float() for a, b in zip(known.A, known.B, strict=True)) / len(
-        known.actions
-    )
-    stage1, device = hypernetwork.stage1, next(hypernetwork.parameters()).device
-    patches, index = hypernetwork.patches(weights.to(device)), torch.arange(len(weights), device=device)
+    device = next(hypernetwork.parameters()).device
+    weights = [own.to(device) for own in data.weights_by_shape()]
+    mean = mean_map(weights, known)
+    stage1, looks = hypernetwork.stage1, looks_at(hypernetwork, weights)
     found = []
-    for condition, a, b in _held_out(data, held_out):
-        real = response_map(weights, b @ a).float()
-        condition = padded(condition, hypernetwork).to(device)
-        response = stage1(patches, index, stage1.trunk.project(condition))
-        guess = response.probability(weights.to(device))[0].cpu()
+    for conditions, own in _held_out(data, held_out, hypernetwork):
+        real = response_maps(weights, own)
+        condition = stage1.trunk.project(conditions)
+        guess = flat(
+            stage1(look, condition).probability(W)[0] for look, W in zip(looks, weights, strict=True)
+        )
         found.append((cosine(guess, real), centred_cosine(guess, real, mean), cosine(mean, real)))
     names = ("response_cosine", "centred_response_cosine", "mean_map_cosine")
     return dict(zip(names, np.mean(found, axis=0).tolist(), strict=True))
@@ -46,22 +50,47 @@ def weight_cosines(
     """Cosine of predicted and real dW over all layers, plain and centred on the mean training dW, and the
     mean's own plain cosine.
     """
-    weights, device = data.stacked_weights(), next(hypernetwork.parameters()).device
-    mean = sum(b @ a for a, b in zip(known.A, known.B, strict=True)) / len(known.actions)
-    index = torch.arange(len(weights), device=device)
+    device = next(hypernetwork.parameters()).device
+    weights = [own.to(device) for own in data.weights_by_shape()]
+    places = hypernetwork.base.by_shape().values()
+    mean = sum(flat(known.loras[row : row + 1].deltas()) for row in range(len(known.tasks))) / len(
+        known.tasks
+    )
     found = []
-    for condition, a, b in _held_out(data, held_out):
-        A, B, _ = hypernetwork(weights.to(device), index, padded(condition, hypernetwork).to(device))
-        guess, real = (B[0] @ A[0]).cpu(), b @ a
+    for conditions, own in _held_out(data, held_out, hypernetwork):
+        parts = [
+            hypernetwork(W, torch.tensor(index, device=device), conditions)
+            for W, index in zip(weights, places, strict=True)
+        ]
+        guess, real = flat(B[0] @ A[0] for A, B, _ in parts), flat(own.deltas())
         found.append((cosine(guess, real), centred_cosine(guess, real, mean), cosine(mean, real)))
     names = ("delta_cosine", "centred_delta_cosine", "mean_delta_cosine")
     return dict(zip(names, np.mean(found, axis=0).tolist(), strict=True))
 
 
-def _held_out(data: Tasks, held_out: LoRADataset) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """(condition, A, B) of the first held-out tasks, each in one sentence as training words it."""
-    rng = np.random.default_rng(_SEED)
-    return [
-        (data.conditions([data.plain_sentence(action, rng)]), a, b)
-        for action, a, b in zip(held_out.actions[:_TASKS], held_out.A, held_out.B, strict=False)
-    ]
+def flat(parts: Iterable[Tensor]) -> Tensor:
+    """All entries in a row, on the CPU."""
+    return torch.cat([part.flatten().cpu() for part in parts])
+
+
+def response_maps(weights: Sequence[Tensor], own: Factors) -> Tensor:
+    """The response maps of one task's LoRA, all entries in a row, 0 or 1."""
+    maps = (response_map(W.cpu(), delta[0]) for W, delta in zip(weights, own.deltas(), strict=True))
+    return flat(maps).float()
+
+
+def mean_map(weights: Sequence[Tensor], known: LoRADataset) -> Tensor:
+    """Their mean over the training tasks."""
+    maps = (response_maps(weights, known.loras[row : row + 1]) for row in range(len(known.tasks)))
+    return sum(maps) / len(known.tasks)
+
+
+def _held_out(
+    data: Tasks, held_out: LoRADataset, hypernetwork: Hypernetwork
+) -> Iterator[tuple[Conditions, Factors]]:
+    """(conditions, own LoRA) of held-out tasks, each told as training tells them."""
+    rng, device = np.random.default_rng(_SEED), next(hypernetwork.parameters()).device
+    rows = np.linspace(0, len(held_out.tasks) - 1, min(_TASKS, len(held_out.tasks))).astype(int)
+    for row in rows:
+        told = data.conditions([data.plain_condition(held_out.tasks[row], rng)])
+        yield on(padded(told, hypernetwork), device), held_out.loras[row : row + 1]

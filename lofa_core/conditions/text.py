@@ -88,7 +88,7 @@ class TextEncoder:
             ) from error
         encoder: Any = transformers.UMT5EncoderModel  # its stubs know no output_loading_info
         weights = folder / "text_encoder"
-        with _quiet(transformers):
+        with quiet(transformers):
             try:
                 model, report = encoder.from_pretrained(
                     weights, dtype="auto", local_files_only=True, output_loading_info=True
@@ -145,7 +145,7 @@ def _open_tokenizer(folder: Path) -> Callable[[str], list[int]]:
 
 
 @contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
+def quiet(transformers: Any) -> Iterator[None]:
     """Without transformers' progress bar and loading report: what matters of them is raised as an error."""
     log = transformers.utils.logging
     verbosity, bar = log.get_verbosity(), log.is_progress_bar_enabled()

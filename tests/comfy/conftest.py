@@ -17,14 +17,19 @@ from pathlib import Path
 
 import pytest
 from test_released import SMALL, published_files, released
+from tiny import CONFIG, network
+
+from lofa_core import miniature
+from lofa_core.base_models import BaseWeights
+from lofa_core.checkpoint import save_hypernetwork
+from lofa_core.descriptions import BaseDescription, ConditionDescription, LayerDescription
+from lofa_core.hypernetwork import Hypernetwork
 
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS, RUN_SECONDS = 300, 300
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 WAN = "wan2.1_t2v_1.3B_fp16.safetensors"
-MINIATURE_V0 = replace(
-    SMALL, condition_width=64, out_features=96, in_features=96, patch=24, width=24, feature_blocks=(0, 2)
-)
+MINIATURE_V0 = replace(SMALL, grid=(4, 4), width=24, feature_blocks=(0, 2))
 PAGE_ONLY = {"Note", "MarkdownNote"}  # nodes that live in the page and are never sent to the server
 
 
@@ -166,14 +171,14 @@ def installation() -> Installation:
 def server(installation, tmp_path_factory):
     data = tmp_path_factory.mktemp("comfyui")
     _link(ROOT, data / "custom_nodes/lofa")
-    miniature = ROOT / "lofa_core/miniature"
-    _link(miniature / "transformer/wan_miniature.safetensors", data / "models/diffusion_models")
-    _link(miniature / "vae/wan_miniature_vae.safetensors", data / "models/vae")
+    _link(miniature.DIFFUSION_MODEL, data / "models/diffusion_models")
+    _link(miniature.VAE, data / "models/vae")
     # Under the names in workflows/wan_text_action.json: the miniature for WAN, random stages for LoFA_v0.
-    _link(miniature / "transformer/wan_miniature.safetensors", data / "models/diffusion_models" / WAN)
-    _link(miniature / "vae/wan_miniature_vae.safetensors", data / "models/vae/wan_2.1_vae.safetensors")
+    _link(miniature.DIFFUSION_MODEL, data / "models/diffusion_models" / WAN)
+    _link(miniature.VAE, data / "models/vae/wan_2.1_vae.safetensors")
     (data / "models/lofa").mkdir()
-    published_files(data / "models/lofa", released(MINIATURE_V0, depths=4))
+    save_hypernetwork(network_of_all_kinds(), data / "models/lofa/all_kinds.safetensors")
+    published_files(data / "models/lofa", released(MINIATURE_V0, depths=4, shape=(96, 96), words=64))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -200,6 +205,19 @@ def server(installation, tmp_path_factory):
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def network_of_all_kinds() -> Hypernetwork:
+    """For the miniature: text, pose and style, its weights random."""
+    base = BaseWeights.open(miniature.FOLDER)
+    layers = tuple(LayerDescription(x.name, x.depth, x.kind, x.shape) for x in base.model.layers)
+    conditions = (
+        ConditionDescription("text", 64),
+        ConditionDescription("pose", 3, size=(miniature.FRAMES, miniature.SIZE, miniature.SIZE)),
+        ConditionDescription("style", 64),
+    )
+    described = BaseDescription(base.model.name, layers, base.fingerprint())
+    return network(1, replace(CONFIG, rank=4), described, conditions=conditions)
 
 
 def _link(target: Path, place: Path) -> None:

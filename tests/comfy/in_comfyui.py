@@ -19,6 +19,7 @@ from comfy.cli_args import args  # noqa: E402
 args.cpu = True  # before anything looks for a device
 
 import comfy.model_management  # noqa: E402
+import comfy.model_patcher  # noqa: E402
 import comfy.sd  # noqa: E402
 import torch  # noqa: E402
 from safetensors import safe_open  # noqa: E402
@@ -43,7 +44,7 @@ def unpatched_weights(host) -> dict:
     """Weights read from a MODEL that another LoRA was applied to and that is loaded, against the file's."""
     from lofa_pack.lofa_core import miniature
 
-    model, _, _ = host.load_miniature()
+    model, *_ = host.load_miniature()
     truth = load_file(miniature.DIFFUSION_MODEL)
     name = "blocks.1.cross_attn.k"
     width = truth[f"{name}.weight"].shape[0]
@@ -123,10 +124,11 @@ def text_conditions(host) -> dict:
     from lofa_pack.nodes.conditions import TextCondition
 
     hypernetwork = load_hypernetwork(*host.hypernetwork_files(host.EMBEDDED_HYPERNETWORK))
-    _, clip, _ = host.load_miniature()
+    _, clip, *_ = host.load_miniature()
     one = clip.encode_from_tokens_scheduled(clip.tokenize(PROMPT))
     condition = TextCondition.execute(hypernetwork, one).result[0]
-    found = {"difference": (condition.tokens - host.encode_text(clip, PROMPT)).abs().max().item()}
+    difference = condition.given["text"].values - host.encode_text(clip, PROMPT)
+    found = {"difference": difference.abs().max().item()}
     for name, conditioning in {"two": one + one, "wide": [[torch.zeros(1, 77, 768), {}]]}.items():
         try:
             TextCondition.execute(hypernetwork, conditioning)
@@ -135,9 +137,65 @@ def text_conditions(host) -> dict:
     return found
 
 
+def picture_conditions(host) -> dict:
+    """Our image encoder's states beside those that ComfyUI gives for the same pictures, square and not."""
+    from lofa_pack.lofa_core import miniature
+    from lofa_pack.lofa_core.conditions.image import CLIPImageEncoder
+
+    _, _, _, encoder = host.load_miniature()
+    found = {}
+    try:
+        ours = CLIPImageEncoder.open(miniature.FOLDER)
+    except ValueError as error:  # transformers is there in every ComfyUI
+        return {"error": str(error)}
+    for name, (height, width) in {"square": (64, 64), "wide": (90, 201), "tall": (130, 64)}.items():
+        picture = torch.randint(256, (height, width, 3), dtype=torch.uint8)
+        theirs = host.image_states(encoder.encode_image(picture.float().div(255.0).unsqueeze(0)))
+        states = ours.encode([picture.numpy()])
+        found[name] = {
+            "shape": list(theirs.shape),
+            "difference": (states - theirs).abs().max().item(),
+            "size": theirs.abs().max().item(),
+        }
+    return found
+
+
+def sdxl_lora(host) -> dict:
+    """Of a LoRA for SDXL's real layers in our default layout, how many ComfyUI's real SDXL takes."""
+    import comfy.supported_models
+    from lofa_pack.lofa_core.lora import LoRA, LoRALayer
+    from lofa_pack.lofa_core.lora_files import to_state_dict
+
+    unet = {
+        "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320,
+        "num_res_blocks": [2, 2, 2], "channel_mult": [1, 2, 4], "transformer_depth": [0, 0, 2, 2, 10, 10],
+        "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10], "transformer_depth_middle": 10,
+        "use_spatial_transformer": True, "use_linear_in_transformer": True, "context_dim": 2048,
+        "num_head_channels": 64, "num_classes": "sequential", "adm_in_channels": 2816,
+        "use_temporal_attention": False, "dtype": torch.float16,
+    }  # fmt: skip
+    config = comfy.supported_models.SDXL(unet)
+    config.set_inference_dtype(torch.float16, None)
+    device = torch.device("meta")
+    model = comfy.model_patcher.ModelPatcher(config.get_model({}, "", device), device, device)
+    base = host.base_weights(model)
+    layers = {
+        layer.name: LoRALayer(torch.ones(1, layer.shape[1]), torch.ones(layer.shape[0], 1), 1.0)
+        for layer in base.model.layers
+    }
+    state = to_state_dict(LoRA(layers))
+    patched = host.apply_lora(model, state, layers=len(layers), strength=1.0)
+    return {
+        "name": base.model.name,
+        "layers": len(layers),
+        "keys": sorted(state)[0],
+        "patched": len(patched.patches),
+    }
+
+
 def hooked_weights(host) -> dict:
     """A weight that a hook has changed in place, as ComfyUI leaves it while hooks are applied."""
-    model, _, _ = host.load_miniature()
+    model, *_ = host.load_miniature()
     key = "diffusion_model.blocks.0.self_attn.q.weight"
     weight = model.model.diffusion_model.blocks[0].self_attn.q.weight
     truth = weight.detach().clone()
@@ -152,7 +210,7 @@ def hooked_weights(host) -> dict:
 
 def text_encoding(host) -> dict:
     """Writes the prompt as encoded by the miniature's CLIP."""
-    _, clip, _ = host.load_miniature()
+    _, clip, *_ = host.load_miniature()
     tokens = host.encode_text(clip, PROMPT)
     save_file({"tokens": tokens.float().contiguous()}, ENCODING)
     return {"shape": list(tokens.shape)}
@@ -160,7 +218,7 @@ def text_encoding(host) -> dict:
 
 def lora_that_does_not_match(host) -> dict:
     """The error for a LoRA whose layers this MODEL lacks."""
-    model, _, _ = host.load_miniature()
+    model, *_ = host.load_miniature()
     lora = {
         "diffusion_model.blocks.99.self_attn.q.lora_A.weight": torch.zeros(2, 96),
         "diffusion_model.blocks.99.self_attn.q.lora_B.weight": torch.zeros(96, 2),
@@ -200,6 +258,8 @@ if __name__ == "__main__":
             states_of_the_model,
             hooked_weights,
             text_conditions,
+            picture_conditions,
+            sdxl_lora,
             text_encoding,
             lora_that_does_not_match,
             wrong_text_encoder,

@@ -17,6 +17,11 @@ FINE = (
 NODE_IDS = {
     "LoFALoadHypernetwork",
     "LoFALoadMiniature",
+    "LoFAMiniatureExample",
+    "LoFAEncodePose",
+    "LoFAEncodeStyle",
+    "LoFAEncodeIdentity",
+    "LoFACombineConditions",
     "LoFAEncodeText",
     "LoFATextCondition",
     "LoFAPredictResponse",
@@ -257,7 +262,10 @@ def test_hypernetwork_file_in_models_lofa_is_offered(server):
         for kind, options in (inputs["required"]["hypernetwork"], inputs["optional"]["stage2"])
     ]
     pair = ["stage1_preview.pth", "stage2_preview.pth"]
-    assert offered == [["miniature (text)", "mine.safetensors", *pair], ["none", *pair]]
+    assert offered == [
+        ["miniature (text)", "all_kinds.safetensors", "mine.safetensors", *pair],
+        ["none", *pair],
+    ]
     prompt = predict_lora()
     prompt["2"]["inputs"]["hypernetwork"] = "mine.safetensors"
     prompt["5"] = {"class_type": "LoFAResponseHeatmap", "inputs": {"response": ["4", 2], "cell": 32}}

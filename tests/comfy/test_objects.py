@@ -48,6 +48,19 @@ def test_text_condition_takes_one_prompt_of_the_right_encoder(seen):
     assert "768" in found["wide"] and "64" in found["wide"] and "CONDITIONING" in found["wide"]
 
 
+@pytest.mark.parametrize("shape", ["square", "wide", "tall"])
+def test_pictures_are_encoded_as_comfyui_encodes_them(seen, shape):
+    found = seen["picture_conditions"][shape]
+    assert found["shape"] == [1, 65, 64]
+    assert found["difference"] < 1e-3 * found["size"]
+
+
+def test_a_lora_for_sdxl_reaches_all_560_layers_of_comfyuis_sdxl(seen):
+    found = seen["sdxl_lora"]
+    assert (found["name"], found["layers"], found["patched"]) == ("SDXL", 560, 560)
+    assert found["keys"].startswith("lora_unet_down_blocks_1_")
+
+
 def test_base_weights_are_read_without_a_hook_on_them(seen):
     assert seen["hooked_weights"] == {"name": "blocks.0.self_attn.q", "difference": 0.0}
 

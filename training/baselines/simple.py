@@ -1,31 +1,28 @@
 """Baselines on a LoRA dataset: the mean LoRA, the nearest task's LoRA, ridge regression.
 
-All three are told the true factors of a task, which the hypernetwork has to read from a sentence.
-Datasets are A [K, L, r, in], B [K, L, out, r]; each returns the pair for M wanted tasks.
+All three are told the true factors of a task, which the hypernetwork has to read from its condition. Each
+returns the LoRAs of M wanted tasks.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Factors = tuple[Tensor, Tensor]  # (A, B)
+from ..factors import Factors
 
 
-def mean_lora(A: Tensor, B: Tensor, wanted: int) -> Factors:
+def mean_lora(known: Factors, wanted: int) -> Factors:
     """The same LoRA for every task: the mean of A and of B."""
-    return A.mean(0).expand(wanted, *A.shape[1:]), B.mean(0).expand(wanted, *B.shape[1:])
+    return known.map(lambda factor: factor.mean(0).expand(wanted, *factor.shape[1:]))
 
 
-def nearest_lora(A: Tensor, B: Tensor, known: Tensor, wanted: Tensor) -> Factors:
+def nearest_lora(loras: Factors, known: Tensor, wanted: Tensor) -> Factors:
     """The LoRA of the task that agrees in most factors; known [K, F] and wanted [M, F] are factor indices."""
     agreement = (wanted.unsqueeze(1) == known.unsqueeze(0)).sum(-1)
-    chosen = agreement.argmax(1)
-    return A[chosen], B[chosen]
+    return loras[agreement.argmax(1)]
 
 
-def ridge_lora(
-    A: Tensor, B: Tensor, known: Tensor, wanted: Tensor, strengths=(0.1, 1.0, 10.0, 100.0)
-) -> Factors:
+def ridge_lora(loras: Factors, known: Tensor, wanted: Tensor, strengths=(0.1, 1.0, 10.0, 100.0)) -> Factors:
     """Ridge regression from one-hot factors to entries of A and B; the strength by leave-one-out error."""
     sizes = [int(max(known[:, i].max(), wanted[:, i].max())) + 1 for i in range(known.shape[1])]
 
@@ -35,7 +32,7 @@ def ridge_lora(
     X, X_wanted = one_hot(known), one_hot(wanted)
     centre = X.mean(0)
     X, X_wanted = X - centre, X_wanted - centre
-    Y = torch.cat([A.flatten(1), B.flatten(1)], 1)
+    Y = loras.flat()
     mean = Y.mean(0)
     best = None
     for strength in strengths:
@@ -46,6 +43,4 @@ def ridge_lora(
         error = (((Y - mean) - X @ weights) / (1.0 - leverage)).pow(2).mean()
         if best is None or error < best[0]:
             best = (error, weights)
-    predicted = X_wanted @ best[1] + mean
-    split = A[0].numel()
-    return predicted[:, :split].view(-1, *A.shape[1:]), predicted[:, split:].view(-1, *B.shape[1:])
+    return loras.unflat(X_wanted @ best[1] + mean)

@@ -34,14 +34,21 @@ def read_video(path: Path, frames: int, height: int, width: int, fps: float) -> 
     seconds after the first. Raises ValueError naming the file where it cannot be decoded or is too short.
     """
     picks = _picks(path, frames, fps)
-    found: dict[int, np.ndarray] = {}
-    for index, frame in enumerate(_decoded(path)):
-        if index in picks:
-            upright = frame.to_image().rotate(frame.rotation, expand=True)  # as phones store portrait clips
-            found[index] = _fitted(upright, height, width)
-        if index == picks[-1]:
-            break
+    found = {index: _fitted(frame, height, width) for index, frame in _chosen(path, picks)}
     return np.stack([found[pick] for pick in picks])
+
+
+def read_whole(path: Path, most: int) -> np.ndarray:
+    """A video or an image, not cut: uint8 [T, H, W, 3], of a video `most` frames evenly from the first to the
+    last, or all where it has fewer. Raises ValueError naming the file where it cannot be decoded.
+    """
+    if is_image(path):
+        with _image(path) as image:
+            return np.array(ImageOps.exif_transpose(image).convert("RGB"))[None]
+    count = sum(1 for _ in decoded(path))
+    if not count:
+        raise ValueError(f"{path}: no frame of this video can be decoded.")
+    return np.stack([np.asarray(frame) for _, frame in _chosen(path, _evenly(count, min(most, count)))])
 
 
 def read_image(path: Path, height: int, width: int) -> np.ndarray:
@@ -58,7 +65,7 @@ def check(path: Path) -> None:
     if is_image(path):
         with _image(path) as image:
             image.load()
-    elif next(_decoded(path), None) is None:
+    elif next(decoded(path), None) is None:
         raise ValueError(f"{path}: no frame of this video can be decoded.")
 
 
@@ -72,10 +79,10 @@ def _picks(path: Path, frames: int, fps: float) -> list[int]:
     missing or wrong, and keeping all frames of a long video takes too much memory.
     """
     if not fps:
-        count = sum(1 for _ in _decoded(path))
+        count = sum(1 for _ in decoded(path))
         if count < frames:
             raise ValueError(f"{path}: has {count} frames that can be decoded, {frames} are wanted.")
-        return np.linspace(0, count - 1, frames).round().astype(int).tolist()
+        return _evenly(count, frames)
     wanted = np.arange(frames) / fps
     times = np.array(_times(path, wanted[-1]))
     if not len(times) or times[-1] < wanted[-1] - 0.5 / fps:
@@ -87,11 +94,25 @@ def _picks(path: Path, frames: int, fps: float) -> list[int]:
     return np.abs(times - wanted[:, None]).argmin(1).tolist()
 
 
+def _evenly(count: int, frames: int) -> list[int]:
+    """Numbers of `frames` of `count` frames, from the first to the last."""
+    return np.linspace(0, count - 1, frames).round().astype(int).tolist()
+
+
+def _chosen(path: Path, picks: list[int]) -> Iterator[tuple[int, Image.Image]]:
+    """The frames of these numbers, ascending, as phones show them."""
+    for index, frame in enumerate(decoded(path)):
+        if index in picks:
+            yield index, frame.to_image().rotate(frame.rotation, expand=True)
+        if index == picks[-1]:
+            return
+
+
 def _times(path: Path, last: float) -> list[float]:
     """Seconds of each frame after the first, up to the first one at or past `last`."""
     times: list[float] = []
     start = 0.0
-    for frame in _decoded(path):
+    for frame in decoded(path):
         if frame.time is None:
             raise ValueError(f"{path}: its frames have no times. Set fps = 0, or convert it to MP4.")
         if not times:
@@ -102,7 +123,7 @@ def _times(path: Path, last: float) -> list[float]:
     return times
 
 
-def _decoded(path: Path) -> Iterator[av.VideoFrame]:
+def decoded(path: Path) -> Iterator[av.VideoFrame]:
     """The frames of the first video stream, as they are shown."""
     try:
         with av.open(str(path), metadata_errors="ignore") as container:
@@ -130,4 +151,4 @@ def _fitted(image: Image.Image, height: int, width: int) -> np.ndarray:
     across, down = scale * width, scale * height
     left, top = (image.width - across) / 2, (image.height - down) / 2
     box = (left, top, left + across, top + down)
-    return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS, box))
+    return np.array(image.resize((width, height), Image.Resampling.LANCZOS, box))

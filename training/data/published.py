@@ -20,6 +20,7 @@ from lofa_core.base_models import TargetLayer
 from lofa_core.lora import LoRA
 from lofa_core.lora_files import from_state_dict
 
+from ..config import DataConfig
 from ..lora_dataset import LoRAFolder, Record
 from .task_folder import ID, TASKS, Clip, Problem, Task, TaskFolder, reason_of, why_not
 
@@ -81,14 +82,19 @@ def is_published(folder: Path) -> bool:
     return (folder / METADATA).is_file() and not (folder / TASKS).is_file()
 
 
-def published_tasks(folder: Path, coarse_prompt: str) -> TaskFolder:
+def published_tasks(folder: Path, config: DataConfig) -> TaskFolder:
     """The samples as tasks, all for training, whose one clip is the file of tensors.
 
-    Raises ValueError as `read_published`.
+    Raises ValueError as `read_published`, and where other conditions than text are asked for.
     """
+    if config.conditions != ("text",):
+        raise ValueError(
+            f"{folder}: this layout holds prompts, no files of other conditions; data.conditions asks for "
+            f'{", ".join(config.conditions)}. Set it to ["text"].'
+        )
     samples, problems = read_published(folder)
     tasks = (
-        Task(sample.id, sample.prompt.strip(), coarse_prompt, "training", (Clip(sample.tensors),))
+        Task(sample.id, sample.prompt.strip(), config.coarse_prompt, "training", (Clip(sample.tensors),))
         for sample in samples
     )
     return TaskFolder(folder, tuple(tasks), problems)
@@ -119,8 +125,8 @@ def import_loras(
     return tuple(done), tuple(problems)
 
 
-def _factors(path: Path, layers: Sequence[TargetLayer], rank: int) -> tuple[Tensor, Tensor]:
-    """A [L, r, in] and B [L, out, r] float32, alpha folded into B."""
+def _factors(path: Path, layers: Sequence[TargetLayer], rank: int) -> tuple[list[Tensor], list[Tensor]]:
+    """A [r, in] and B [out, r] float32 of each layer, alpha folded into B."""
     lora = read_lora(path)
     unknown = set(lora) - {layer.name for layer in layers}
     if unknown:
@@ -130,9 +136,8 @@ def _factors(path: Path, layers: Sequence[TargetLayer], rank: int) -> tuple[Tens
         if found is None or (found.shape, found.rank) != (layer.shape, rank):
             said = "nothing" if found is None else f"{found.shape} of rank {found.rank}"
             raise ValueError(f"{path}: {layer.name} has {said}; expected {layer.shape} of rank {rank}.")
-    A = torch.stack([lora[layer.name].A.float() for layer in layers])
-    B = [lora[layer.name].B.float() * (lora[layer.name].alpha / rank) for layer in layers]
-    return A, torch.stack(B)
+    A = [lora[layer.name].A.float() for layer in layers]
+    return A, [lora[layer.name].B.float() * (lora[layer.name].alpha / rank) for layer in layers]
 
 
 def _entries(listing: Path, values: Any) -> list[tuple[str, Any]]:

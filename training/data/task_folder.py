@@ -2,10 +2,14 @@
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from lofa_core.conditions.pose_keypoints import parse_pose
+
+from ..config import DataConfig
 from . import media
 
 TASKS = "tasks.jsonl"
@@ -29,16 +33,20 @@ class Task:
     """One personalisation with its clips. Prints as its id."""
 
     id: str
-    prompt: str
+    prompt: str  # "": has none
     coarse_prompt: str
     split: str  # one of SPLITS
     clips: tuple[Clip, ...]
-    pose: str = ""  # files, recorded for conditions other than text
-    style: str = ""
-    identity: str = ""
+    pose: tuple[str, ...] = ()  # files, of the kinds that data.conditions names
+    style: tuple[str, ...] = ()
+    identity: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return self.id
+
+    def kinds(self, asked: Sequence[str]) -> list[str]:
+        """Those of the kinds asked for that it can be described by."""
+        return [kind for kind in asked if (self.prompt if kind == "text" else getattr(self, kind))]
 
 
 @dataclass(frozen=True)
@@ -58,8 +66,8 @@ class TaskFolder:
     problems: tuple[Problem, ...]
 
 
-def read_task_folder(folder: Path, coarse_prompt: str) -> TaskFolder:
-    """Read tasks.jsonl and look into every file that it names; `coarse_prompt` is for tasks that name none.
+def read_task_folder(folder: Path, config: DataConfig) -> TaskFolder:
+    """Read tasks.jsonl and look into every file that it names, those of conditions where they are asked for.
 
     What is wrong with single lines, tasks and files goes into `problems`. Raises ValueError naming the folder
     where there is no tasks.jsonl, no training task is left, or the tasks differ in their coarse prompt.
@@ -70,7 +78,7 @@ def read_task_folder(folder: Path, coarse_prompt: str) -> TaskFolder:
             f"{folder}: no {TASKS} here. Expected a folder with {TASKS}, a line of JSON for each task: "
             '{"id": "wave", "prompt": "a person waves", "clips": [{"file": "wave.mp4"}]}'
         )
-    reader = _Reader(folder, coarse_prompt)
+    reader = _Reader(folder, config)
     for number, line in enumerate(listing.read_bytes().split(b"\n"), 1):
         if line.strip():
             reader.read_line(f"{TASKS} line {number}", line)
@@ -93,8 +101,8 @@ def read_task_folder(folder: Path, coarse_prompt: str) -> TaskFolder:
 
 
 class _Reader:
-    def __init__(self, folder: Path, coarse_prompt: str):
-        self.folder, self.coarse_prompt = folder, coarse_prompt
+    def __init__(self, folder: Path, config: DataConfig):
+        self.folder, self.config = folder, config
         self.tasks: dict[str, Task] = {}  # by their ids without case, as some file systems see them
         self.problems: list[Problem] = []
 
@@ -123,25 +131,30 @@ class _Reader:
         if reason:
             self._skip(where, reason)
             return
-        files = {kind: self._condition(where, kind, values.get(kind)) for kind in CONDITION_FILES}
-        if not (values.get("prompt") or "").strip():
-            own = [kind for kind, file in files.items() if file]
-            said = f"only {' and '.join(own)}; conditions other than text cannot be used yet" if own else ""
-            self._skip(where, "has no prompt" + (f", {said}" if said else ""))
-            return
         numbered = enumerate(values.get("clips") or [], 1)
         clips = [clip for n, entry in numbered if (clip := self._clip(f"clip {n} of {where}", entry))]
         if not clips:
             self._skip(where, "no clip of it can be used")
             return
-        self.tasks[identity.casefold()] = Task(
+        asked = self.config.conditions
+        task = Task(
             identity,
-            values["prompt"].strip(),
-            (values.get("coarse_prompt") or self.coarse_prompt).strip(),
+            (values.get("prompt") or "").strip(),
+            (values.get("coarse_prompt") or self.config.coarse_prompt).strip(),
             values.get("split") or "training",
             tuple(clips),
-            **files,
+            **{
+                kind: self._conditions(where, kind, _listed(values.get(kind)))
+                for kind in CONDITION_FILES
+                if kind in asked
+            },
         )
+        if "pose" in asked and self.config.pose_models and not values.get("pose"):
+            task = replace(task, pose=tuple(clip.file for clip in clips))
+        if not task.kinds(asked):
+            self._skip(where, lacks(asked))
+            return
+        self.tasks[identity.casefold()] = task
 
     def _clip(self, where: str, entry: Any) -> Clip | None:
         if (
@@ -167,14 +180,22 @@ class _Reader:
             return None
         return Clip(entry["file"], (entry.get("caption") or "").strip())
 
-    def _condition(self, where: str, kind: str, file: str | None) -> str:
-        if not file:
-            return ""
-        reason = why_not(self.folder, file)
-        if reason is not None:
-            self._skip(f"{file}, {kind} of {where}", reason)
-            return ""
-        return file
+    def _conditions(self, where: str, kind: str, files: Sequence[str]) -> tuple[str, ...]:
+        """Those of a condition's files that can be used."""
+        kept = []
+        for file in files:
+            path = self.folder / file
+            reason = why_not(self.folder, file)
+            if reason is None:
+                try:
+                    check_condition(path, kind)
+                except ValueError as error:
+                    reason = reason_of(error, path)
+            if reason is None:
+                kept.append(file)
+            else:
+                self._skip(f"{file}, {kind} of {where}", reason)
+        return tuple(kept)
 
     def _skip(self, what: str, reason: str) -> None:
         self.problems.append(Problem(what, reason))
@@ -191,9 +212,43 @@ def why_not(folder: Path, file: str) -> str | None:
         return f"cannot be read ({error})"
 
 
+def check_condition(path: Path, kind: str) -> None:
+    """Look into a file that shows a pose, a style or a person. Raises ValueError where it cannot be used."""
+    if kind == "pose" and is_document(path):
+        parse_pose(read_text(path))
+    elif kind != "pose" and not media.is_image(path):
+        raise ValueError(f"is no picture; expected {', '.join(media.IMAGES)} for a {kind}")
+    else:
+        media.check(path)
+
+
+def is_document(path: Path) -> bool:
+    """Whether a pose is given by its keypoints."""
+    return path.suffix.lower() == ".json"
+
+
+def read_text(path: Path) -> str:
+    """A file of UTF-8. Raises ValueError naming it where it is not."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not UTF-8 ({error}).") from error
+
+
+def lacks(asked: Sequence[str]) -> str:
+    """Why a task that has none of the kinds asked for is left out."""
+    names = ["prompt" if kind == "text" else kind for kind in asked]
+    return f"has no {' and no '.join(names)} that can be used; data.conditions asks for {', '.join(asked)}"
+
+
 def reason_of(error: ValueError, path: Path) -> str:
     """What an error about a file says, without the file's name at its start."""
     return str(error).removeprefix(f"{path}: ")
+
+
+def _listed(value: Any) -> list:
+    """One thing or a list of them, as a list."""
+    return value if isinstance(value, list) else [value] if value else []
 
 
 def _wrong_types(values: dict[str, Any]) -> str | None:
@@ -201,9 +256,12 @@ def _wrong_types(values: dict[str, Any]) -> str | None:
     unknown = [key for key in values if key not in _KEYS]
     if unknown:
         return f"has the unknown key {unknown[0]!r}; known are {', '.join(_KEYS)}"
-    for key in ("prompt", "coarse_prompt", *CONDITION_FILES):
+    for key in ("prompt", "coarse_prompt"):
         if not isinstance(values.get(key) or "", str):
             return f"{key} is {values[key]!r}; expected text"
+    for key in CONDITION_FILES:
+        if not all(isinstance(file, str) for file in _listed(values.get(key))):
+            return f"{key} is {values[key]!r}; expected a file or a list of files"
     if (values.get("split") or "training") not in SPLITS:
         return f"split is {values['split']!r}; expected {' or '.join(SPLITS)}"
     if not isinstance(values.get("clips") or [], list):

@@ -187,7 +187,7 @@ PLANS = {
 
 
 def fine_caption(
-    action: Action,
+    action: Action | None,
     look: Look | None,
     rng: np.random.Generator,
     *,
@@ -198,10 +198,10 @@ def fine_caption(
     """A sentence for `action`; each factor, the clothes and the place are kept with probability `keep`.
 
     `wordings` is "train", "reserved", "both" (an even choice for each part) or "first" (the first of
-    training's wordings); `look` None leaves clothes and place out. With every factor dropped the sentence is
-    a coarse one.
+    training's wordings); `look` None leaves clothes and place out. With every factor dropped, or no action,
+    the sentence is a coarse one.
     """
-    kept = {field.name: rng.random() < keep for field in fields(Action)}
+    kept = {field.name: action is not None and rng.random() < keep for field in fields(Action)}
     said = {
         name: _pick(rng, _phrases(name, getattr(action, name), wordings)) if kept[name] else ""
         for name in FACTORS

@@ -19,6 +19,7 @@ from rich.text import Text
 from lofa_core import miniature
 from lofa_core.base_models import BaseWeights
 from lofa_core.checkpoint import load_hypernetwork
+from lofa_core.conditions import Given
 from lofa_core.conditions.text import TextEncoder, check_prompt
 from lofa_core.heatmap import render
 from lofa_core.lora_files import match, save_lora
@@ -81,11 +82,11 @@ def readings(asked: dict[str, str], before: np.ndarray, after: np.ndarray) -> Ta
 def run(prompt: str, out: Path, seed: int, console: Console) -> None:
     """The whole path once."""
     network = load_hypernetwork(miniature.HYPERNETWORK)
-    check_prompt(prompt, network.condition.words)
+    check_prompt(prompt, network.conditions["text"].words)
     base = BaseWeights.open(miniature.FOLDER)
-    condition = TextEncoder.open(miniature.FOLDER).encode(prompt)
+    conditions = {"text": Given(TextEncoder.open(miniature.FOLDER).encode(prompt))}
     started = time.perf_counter()
-    prediction = predict(network, base, condition)
+    prediction = predict(network, base, conditions)
     seconds = time.perf_counter() - started
 
     out.mkdir(parents=True, exist_ok=True)
@@ -95,10 +96,10 @@ def run(prompt: str, out: Path, seed: int, console: Console) -> None:
 
     pipeline = load_pipeline(miniature.FOLDER)
     pipeline.set_progress_bar_config(disable=True)
-    before = generate(pipeline, network.condition.coarse_prompt, seed)
+    before = generate(pipeline, network.coarse_prompt, seed)
     pipeline.load_lora_weights(str(file))
-    after = generate(pipeline, network.condition.coarse_prompt, seed)
-    titles = (f'base, "{network.condition.coarse_prompt}"', f'with the LoRA predicted from "{prompt}"')
+    after = generate(pipeline, network.coarse_prompt, seed)
+    titles = (f'base, "{network.coarse_prompt}"', f'with the LoRA predicted from "{prompt}"')
     contact_sheet(before, after, titles).save(out / "before_after.png")
     frames = animation(before, after)
     frames[0].save(

@@ -47,7 +47,7 @@ class Evaluator(nn.Module):
         """Factor indices [B, 6] and features [B, FEATURES]."""
         indices, features = [], []
         for part in torch.from_numpy(halved(clips)).split(64):
-            embedded = self.embed(_to_frames(part))
+            embedded = self.embed(to_frames(part))
             features.append(embedded)
             indices.append(torch.stack([head(embedded).argmax(-1) for head in self.heads], 1))
         return torch.cat(indices).numpy(), torch.cat(features).double().numpy()
@@ -69,7 +69,7 @@ def train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps, pct_start=0.1)
     for step in range(steps):
         picks = torch.randint(len(clips), (batch,))
-        shown = _roughen(_to_frames(torch.from_numpy(clips[picks.numpy()])))
+        shown = roughen(to_frames(torch.from_numpy(clips[picks.numpy()])))
         wanted = torch.from_numpy(labels[picks.numpy()]).long()
         if step % 2:
             shown, wanted = shown.flip(-1), _MIRRORED[torch.arange(len(world.FACTORS)), wanted]
@@ -97,7 +97,7 @@ def halved(clips: np.ndarray) -> np.ndarray:
     return np.stack([clip.mean(axis=(2, 4)).round().astype(np.uint8) for clip in blocks])
 
 
-def _to_frames(clips: torch.Tensor) -> torch.Tensor:
+def to_frames(clips: torch.Tensor) -> torch.Tensor:
     """uint8 [B, T, H, W, 3] -> float [B, T, 3, H, W] in -1..1."""
     return clips.permute(0, 1, 4, 2, 3).float() / 127.5 - 1.0
 
@@ -119,7 +119,7 @@ def _mirrored_labels() -> torch.Tensor:
 _MIRRORED = _mirrored_labels()
 
 
-def _roughen(frames: torch.Tensor) -> torch.Tensor:
+def roughen(frames: torch.Tensor) -> torch.Tensor:
     """What a VAE and a small diffusion model do to frames [B, T, 3, 32, 32]: soft, off in colour, noisy."""
     size = len(frames)
     if torch.rand(()) < 0.5:

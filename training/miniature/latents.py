@@ -15,9 +15,9 @@ from diffusers import AutoencoderKLWan
 from ..backbones import from_unit, to_unit
 from . import vae as vae_module
 from . import world
+from .world_tasks import LOOK_FACTORS, WorldTask, look_indices
 
 T = TypeVar("T")
-_LOOKS = (tuple(world.COLOURS), tuple(world.COLOURS), world.BACKDROPS)
 
 
 @dataclass
@@ -38,13 +38,17 @@ class LatentClips:
         return world.Action(*(options[i] for options, i in values))
 
     def look(self, index: int) -> world.Look:
-        return world.Look(
-            *(options[i] for options, i in zip(_LOOKS, self.looks[index].tolist(), strict=True))
-        )
+        values = zip(LOOK_FACTORS.values(), self.looks[index].tolist(), strict=True)
+        return world.Look(*(options[i] for options, i in values))
 
-    def of(self, action: world.Action) -> torch.Tensor:
-        """Indices of the clips that show an action."""
-        return (self.actions == torch.tensor(action.indices(), dtype=torch.uint8)).all(1).nonzero().flatten()
+    def of(self, task: WorldTask) -> torch.Tensor:
+        """Indices of the clips that show a task's action and look."""
+        shown = torch.ones(len(self), dtype=torch.bool)
+        if task.action is not None:
+            shown &= (self.actions == torch.tensor(task.action.indices(), dtype=torch.uint8)).all(1)
+        if task.look is not None:
+            shown &= (self.looks == torch.tensor(look_indices(task.look), dtype=torch.uint8)).all(1)
+        return shown.nonzero().flatten()
 
     def action_weights(self) -> torch.Tensor:
         """Weights [16, 5, 8, 8] of mean 1 for a loss on these latents, larger where the action shows.
@@ -96,8 +100,9 @@ def decode_clips(decoder: vae_module.WholeClipVAE, latents: torch.Tensor) -> np.
     return np.concatenate(_on_all_cores(decode, latents.float().split(2)))
 
 
-def encode_clips(vae: AutoencoderKLWan, actions: list[world.Action], each: int, seed: int) -> LatentClips:
-    """Draw `each` clips of every action in random looks and encode them (posterior means)."""
+def encode_clips(vae: AutoencoderKLWan, tasks: list[WorldTask], each: int, seed: int) -> LatentClips:
+    """Draw `each` clips of every task and encode them (posterior means); what a task leaves open is drawn."""
+    actions = world.all_actions()
     rng = np.random.default_rng(seed)
     encoder = vae_module.WholeClipVAE(vae)
     latents: list[torch.Tensor] = []
@@ -107,15 +112,15 @@ def encode_clips(vae: AutoencoderKLWan, actions: list[world.Action], each: int, 
         # The layout decides how noise is drawn "like" a tensor, and convolutions choose it by processor.
         return to_unit(encoder.encode(vae_module.to_video(clips)), vae).half().contiguous()
 
-    for action in actions:
-        shown = [world.random_look(rng) for _ in range(each)]
-        clips = np.stack([world.draw_clip(action, look, rng) for look in shown])
+    for task in tasks:
+        shown = [task.look or world.random_look(rng) for _ in range(each)]
+        done = [task.action or actions[rng.integers(len(actions))] for _ in range(each)]
+        clips = np.stack(
+            [world.draw_clip(action, look, rng) for action, look in zip(done, shown, strict=True)]
+        )
         latents += _on_all_cores(encode, [clips[start : start + 2] for start in range(0, each, 2)])
-        labels += [action.indices()] * each
-        looks += [
-            [options.index(v) for options, v in zip(_LOOKS, (s.shirt, s.trousers, s.backdrop), strict=True)]
-            for s in shown
-        ]
+        labels += [action.indices() for action in done]
+        looks += [look_indices(look) for look in shown]
     return LatentClips(
         torch.cat(latents), torch.tensor(labels, dtype=torch.uint8), torch.tensor(looks, dtype=torch.uint8)
     )

@@ -1,6 +1,7 @@
-"""Make the miniature: `python -m training.miniature.make [all | vae | text | base | evaluator] [--out
+"""Make the miniature: `python -m training.miniature.make PART [--out
 FOLDER]`.
 
+PART is vae, text, image, base, evaluator, looks, examples or all.
 Each part is written as it is done, in the places `lofa_core.miniature` names; its figures go to figures.json.
 The hypernetwork is trained afterwards, by `python training/train.py all --config
 training/configs/miniature.toml`. `torchrun --nproc-per-node N -m training.miniature.make ...` uses N
@@ -11,12 +12,14 @@ import argparse
 import json
 import shutil
 import time
+from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL import Image
 from rich.console import Console
 from safetensors.torch import save_file
 
@@ -27,18 +30,22 @@ from lofa_core.key_names_vae import vae_to_original
 from ..backbones import load_transformer, load_vae, to_unit
 from ..config import DataConfig
 from . import evaluator as evaluator_module
-from . import text_encoder, tokenizer_json, transformer, vae, world
+from . import image_encoder, look_reader, text_encoder, tokenizer_json, transformer, vae, world
 from .latents import LatentClips, decode_clips, encode_clips
 from .transformer import load_prompt_encoder
+from .world_tasks import WorldTask, look_indices, split_looks
 
 SEED = 0
-HELD_OUT = DataConfig().held_out_tasks
+HELD_OUT, HELD_OUT_LOOKS = DataConfig().held_out_tasks, DataConfig().held_out_looks
 # (frames, steps, clips or frames a process, learning rate, KL weight): single frames first, then clips, as
 # WAN was trained.
 VAE_PHASES = ((1, 1500, 16, 3e-3, 2e-5), (9, 1400, 2, 3e-3, 1e-4), (9, 800, 2, 2e-3, 1e-4))
 TEXT_STEPS, ALIGNMENT_STEPS = 1000, 1000
+IMAGE_STEPS = 1500
 BASE_STEPS, BASE_BATCH, BASE_DIM, BASE_LAYERS = 20_000, 16, 96, 4
 CLIPS_PER_ACTION = 24
+LOOK_STEPS, LOOK_CLIPS = 700, 3_000
+EXAMPLES = 6
 EVALUATOR_STEPS, EVALUATOR_CLIPS, EVALUATOR_DECODED = 800, 8_000, 200
 
 console = Console(stderr=True)
@@ -114,13 +121,32 @@ def export_text(model, pieces: bytes, out: Path) -> None:
     tokenizer_json.write(pieces, folder)
 
 
+def make_image(out: Path) -> None:
+    """Train the image encoder on the looks that are not held out; measure it on those that are: the share of
+    pictures whose look is named by the nearest of all looks' captions.
+    """
+    actions, _ = world.split_actions(HELD_OUT, SEED)
+    looks, held_out = split_looks(HELD_OUT_LOOKS, SEED)
+    prompts = load_prompt_encoder(out)
+    trained = image_encoder.train(
+        looks, actions, prompts, IMAGE_STEPS, seed=SEED, report=_reporter("image encoder")
+    )
+    folder = _fresh(out / "image_encoder")
+    trained.tower.half().save_pretrained(folder)
+    processor = {"image_mean": image_encoder.MEAN, "image_std": image_encoder.DEVIATION}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor) + "\n")
+    right = image_encoder.named_right(trained.float(), held_out, actions, prompts, seed=SEED + 6)
+    _record(out, "image_encoder", {"held_out_looks_named": round(right, 4), "looks": len(held_out)})
+
+
 def make_base(out: Path, work: Path, steps: int, go_on: bool, compiled: bool) -> None:
     """Encode the training clips, train the transformer, write it under original WAN names."""
     actions, _ = world.split_actions(HELD_OUT, SEED)
     latents = work / "latents.pt"
     with PartialState().main_process_first():
         if not latents.exists():
-            encode_clips(load_vae(out), actions, CLIPS_PER_ACTION, SEED).save(latents)
+            tasks = [WorldTask(action) for action in actions]
+            encode_clips(load_vae(out), tasks, CLIPS_PER_ACTION, SEED).save(latents)
     checkpoint = work / "transformer.pt"
     start = load_transformer(out).state_dict() if go_on else None
     transformer.train(
@@ -176,6 +202,50 @@ def make_evaluator(out: Path, work: Path) -> None:
     _record(out, "evaluator", {key: round(value, 4) for key, value in figures.items()})
 
 
+def make_look_reader(out: Path, work: Path) -> None:
+    """Train the look reader on drawn and on decoded clips; measure it on held-out looks, through the VAE."""
+    looks, held_out = split_looks(HELD_OUT_LOOKS, SEED)
+    decoder = vae.WholeClipVAE(load_vae(out))
+    rng, actions = np.random.default_rng(SEED + 7), world.all_actions()
+
+    def drawn(some: list[world.Look], count: int) -> tuple[np.ndarray, np.ndarray]:
+        shown = [some[i] for i in rng.integers(len(some), size=count)]
+        clips = (world.draw_clip(actions[rng.integers(len(actions))], look, rng) for look in shown)
+        halves = [evaluator_module.halved(clip[None])[0] for clip in clips]
+        return np.stack(halves), np.array([look_indices(look) for look in shown])
+
+    clips, labels = drawn(looks, LOOK_CLIPS)
+    known = LatentClips.load(work / "latents.pt")
+    shown = torch.tensor([known.look(i) in set(looks) for i in range(len(known))]).nonzero().flatten()
+    picks = shown[torch.from_numpy(rng.permutation(len(shown))[:EVALUATOR_DECODED])]
+    decoded = evaluator_module.halved(decode_clips(decoder, known.latents[picks]))
+    model = look_reader.train(
+        np.concatenate([clips, decoded]), np.concatenate([labels, known.looks[picks].numpy()]), LOOK_STEPS,
+        seed=SEED, report=_reporter("look reader"),
+    )  # fmt: skip
+    look_reader.save(model, look_reader.SHIPPED)
+    tasks = [WorldTask(look=look) for look in held_out]
+    real = encode_clips(decoder.model, tasks, 6, SEED + 8)
+    read = look_reader.load().read(decode_clips(decoder, real.latents))[0]
+    right = (read == real.looks.numpy()).all(1).mean()
+    _record(out, "look_reader", {"held_out_joint_through_vae": round(float(right), 4)})
+
+
+def make_examples(out: Path) -> None:
+    """Write a few held-out poses as POSE_KEYPOINT and held-out looks as pictures, for the nodes."""
+    _, actions = world.split_actions(HELD_OUT, SEED)
+    _, looks = split_looks(HELD_OUT_LOOKS, SEED)
+    rng, everything = np.random.default_rng(SEED + 9), world.all_actions()
+    folder = _fresh(out / miniature.EXAMPLES.name / "pose")
+    for action in actions[:EXAMPLES]:
+        document = world.pose_of_clip(action, rng)
+        (folder / f"{WorldTask(action).id}.json").write_text(json.dumps(document) + "\n")
+    folder = _fresh(out / miniature.EXAMPLES.name / "style")
+    for look in looks[:EXAMPLES]:
+        picture = image_encoder.picture(look, everything, rng)
+        Image.fromarray(picture).save(folder / f"{'-'.join(astuple(look))}.png", optimize=True)
+
+
 def _drawn(actions, count: int, rng) -> tuple[np.ndarray, np.ndarray]:
     chosen = [actions[i] for i in rng.integers(len(actions), size=count)]
     clips = np.stack([world.draw_clip(action, world.random_look(rng), rng) for action in chosen])
@@ -211,7 +281,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", nargs="?", default="all", choices=["all", "vae", "text", "base", "evaluator"])
+    parser.add_argument(
+        "part",
+        nargs="?",
+        default="all",
+        choices=["all", "vae", "text", "image", "base", "evaluator", "looks", "examples"],
+    )
     parser.add_argument("--out", type=Path, default=miniature.FOLDER, help="base folder to write")
     parser.add_argument(
         "--work", type=Path, default=Path("runs/miniature_base"), help="checkpoints and cached latents"
@@ -229,8 +304,11 @@ def main() -> None:
     steps = {
         "vae": lambda: make_vae(chosen.out, chosen.work),
         "text": lambda: make_text(chosen.out, chosen.go_on),
+        "image": lambda: make_image(chosen.out),
         "base": lambda: make_base(chosen.out, chosen.work, chosen.base_steps, chosen.go_on, chosen.compile),
         "evaluator": lambda: make_evaluator(chosen.out, chosen.work),
+        "looks": lambda: make_look_reader(chosen.out, chosen.work),
+        "examples": lambda: make_examples(chosen.out),
     }
     state = PartialState(cpu=not torch.cuda.is_available())
     for part, make in steps.items():

@@ -7,6 +7,7 @@ jitters vary freely. "Left" and "right" always mean left and right in the pictur
 import itertools
 import math
 from dataclasses import astuple, dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -107,17 +108,50 @@ def random_look(rng: np.random.Generator) -> Look:
 def draw_clip(action: Action, look: Look, rng: np.random.Generator) -> np.ndarray:
     """Draw one clip, uint8 [FRAMES, SIZE, SIZE, 3]. Position, size, phase and swing are jittered by `rng`."""
     backdrop = _draw_backdrop(look.backdrop)
+    frames = []
+    for figure in _figures(action, rng):
+        canvas = backdrop.copy()
+        _draw_figure(canvas, figure, look)
+        frames.append(cv2.resize(canvas, (SIZE, SIZE), interpolation=cv2.INTER_AREA))
+    return np.stack(frames)
+
+
+def pose_of_clip(action: Action, rng: np.random.Generator) -> list[dict[str, Any]]:
+    """The POSE_KEYPOINT document of the clip that `draw_clip` draws with the same state of `rng`.
+
+    FRAMES frames of one person, 18 points in pixels of SIZE x SIZE. `rng` is left as `draw_clip` leaves it.
+    """
+    return [
+        {
+            "people": [{"pose_keypoints_2d": _keypoints(figure)}],
+            "canvas_width": SIZE,
+            "canvas_height": SIZE,
+        }
+        for figure in _figures(action, rng)
+    ]
+
+
+@dataclass(frozen=True)
+class _Figure:
+    """Joints as x, y in pixels; of a pair the first is on the picture's left."""
+
+    size: float
+    up: np.ndarray  # unit vectors of the body: from the hip to the neck
+    across: np.ndarray  # and to the picture's right
+    hip: np.ndarray
+    neck: np.ndarray
+    head: np.ndarray
+    arms: tuple[tuple[np.ndarray, ...], ...]  # a pair of shoulder, hand
+    legs: tuple[tuple[np.ndarray, ...], ...]  # a pair of hip, knee, foot
+
+
+def _figures(action: Action, rng: np.random.Generator) -> list[_Figure]:
+    """The figure in each frame of a clip."""
     offset = rng.uniform(-3.0, 3.0)
     size = rng.uniform(0.95, 1.05)
     phase = rng.uniform(-0.03, 0.03)
     swing = rng.uniform(0.93, 1.07)
-    frames = []
-    for index in range(FRAMES):
-        time = index / (FRAMES - 1)
-        canvas = backdrop.copy()
-        _draw_figure(canvas, action, look, time, offset, size, phase, swing)
-        frames.append(cv2.resize(canvas, (SIZE, SIZE), interpolation=cv2.INTER_AREA))
-    return np.stack(frames)
+    return [_figure(action, n / (FRAMES - 1), offset, size, phase, swing) for n in range(FRAMES)]
 
 
 def _direction(degrees: float) -> np.ndarray:
@@ -125,38 +159,64 @@ def _direction(degrees: float) -> np.ndarray:
     return np.array([math.sin(math.radians(degrees)), math.cos(math.radians(degrees))])
 
 
-def _draw_figure(canvas, action, look, time, offset, size, phase, swing) -> None:
+def _figure(action: Action, time: float, offset: float, size: float, phase: float, swing: float) -> _Figure:
     x, lift, crouch = _travel(action.travel, time)
-    legs = _REST_DEGREES["leg", action.stance]
+    parted = _REST_DEGREES["leg", action.stance]
     hip = np.array([SIZE / 2 + offset + x, 0.0])
-    standing = (_UPPER_LEG + _LOWER_LEG) * math.cos(math.radians(legs)) * size
+    standing = (_UPPER_LEG + _LOWER_LEG) * math.cos(math.radians(parted)) * size
     hip[1] = _GROUND - standing - lift + crouch
 
     limb_kind = action.limb.split("_")[1]
     reach = _SWING_DEGREES[limb_kind, action.amplitude] * swing
     raised = reach * 0.5 * (1.0 - math.cos(2.0 * math.pi * (_CYCLES[action.tempo] * time + phase)))
 
+    up = -_direction(-_LEAN_DEGREES[action.lean])
+    across = np.array([-up[1], up[0]])
+    neck = hip + up * _TORSO * size
+    arms, legs = [], []
     for side, sign in (("left", -1.0), ("right", 1.0)):
         joint = hip + np.array([sign * 2.2 * size, 0.0])
         if action.limb == f"{side}_leg":
-            foot = joint + (_UPPER_LEG + _LOWER_LEG) * size * _direction(sign * (legs + raised))
-            _draw_leg(canvas, joint, foot, sign, size, COLOURS[look.trousers])
+            foot = joint + (_UPPER_LEG + _LOWER_LEG) * size * _direction(sign * (parted + raised))
         else:
-            foot = np.array([joint[0] + sign * standing * math.tan(math.radians(legs)), _GROUND - lift])
-            _draw_leg(canvas, joint, foot, sign, size, COLOURS[look.trousers])
-
-    up = -_direction(-_LEAN_DEGREES[action.lean])  # from the hip to the shoulders
-    across = np.array([-up[1], up[0]])
-    shoulders = hip + up * _TORSO * size
-    shirt = COLOURS[look.shirt]
-    _line(canvas, hip, shoulders, shirt, 8.5 * size)
-    _disc(canvas, shoulders + up * 7.0 * size, 5.0 * size, _SKIN)
-    for side, sign in (("left", -1.0), ("right", 1.0)):
-        joint = shoulders + across * sign * 3.8 * size
+            foot = np.array([joint[0] + sign * standing * math.tan(math.radians(parted)), _GROUND - lift])
+        legs.append((joint, _knee(joint, foot, sign, size), foot))
+        shoulder = neck + across * sign * 3.8 * size
         degrees = sign * (_REST_DEGREES["arm"] + (raised if action.limb == f"{side}_arm" else 0.0))
-        hand = joint + _ARM * size * _direction(degrees - _LEAN_DEGREES[action.lean] * 0.5)
-        _line(canvas, joint, hand, shirt, 3.6 * size)
+        hand = shoulder + _ARM * size * _direction(degrees - _LEAN_DEGREES[action.lean] * 0.5)
+        arms.append((shoulder, hand))
+    return _Figure(size, up, across, hip, neck, neck + up * 7.0 * size, tuple(arms), tuple(legs))
+
+
+def _draw_figure(canvas: np.ndarray, figure: _Figure, look: Look) -> None:
+    shirt, trousers, size = COLOURS[look.shirt], COLOURS[look.trousers], figure.size
+    for hip, knee, foot in figure.legs:
+        _line(canvas, hip, knee, trousers, 4.4 * size)
+        _line(canvas, knee, foot, trousers, 4.4 * size)
+        _disc(canvas, foot, 2.5 * size, _SHOE)
+    _line(canvas, figure.hip, figure.neck, shirt, 8.5 * size)
+    _disc(canvas, figure.head, 5.0 * size, _SKIN)
+    for shoulder, hand in figure.arms:
+        _line(canvas, shoulder, hand, shirt, 3.6 * size)
         _disc(canvas, hand, 2.3 * size, _SKIN)
+
+
+def _keypoints(figure: _Figure) -> list[float]:
+    """x, y, confidence of 18 points in OpenPose's order, right before left.
+
+    The figure faces us: its right is the picture's left.
+    """
+    points = [figure.head, figure.neck]
+    for shoulder, hand in figure.arms:
+        points += [shoulder, (shoulder + hand) / 2, hand]  # an arm is one bone, its middle the elbow
+    for leg in figure.legs:
+        points += leg
+    for aside, above in ((1.8, 1.5), (4.2, 0.8)):  # eyes, ears
+        for sign in (-1.0, 1.0):
+            points.append(figure.head + (figure.across * sign * aside + figure.up * above) * figure.size)
+    # The drawing counts from the middle of the large canvas's first pixel, a document from the corner.
+    corner = 0.5 / OVERSAMPLING
+    return [number for x, y in points for number in (float(x) + corner, float(y) + corner, 1.0)]
 
 
 def _travel(travel: str, time: float) -> tuple[float, float, float]:
@@ -171,18 +231,15 @@ def _travel(travel: str, time: float) -> tuple[float, float, float]:
     return 0.0, 0.0, 0.0
 
 
-def _draw_leg(canvas, hip, foot, sign, size, colour) -> None:
-    """Two bones from hip to foot; the knee bends outwards where the foot is nearer than the leg is long."""
+def _knee(hip: np.ndarray, foot: np.ndarray, sign: float, size: float) -> np.ndarray:
+    """Where the two bones of a leg meet: bent outwards where the foot is nearer than the leg is long."""
     upper, lower = _UPPER_LEG * size, _LOWER_LEG * size
     gap = foot - hip
     distance = min(max(float(np.linalg.norm(gap)), 1e-3), upper + lower)
     along = (upper**2 - lower**2 + distance**2) / (2.0 * distance)
     bend = math.sqrt(max(upper**2 - along**2, 0.0))
     unit = gap / np.linalg.norm(gap)
-    knee = hip + unit * along + sign * bend * np.array([unit[1], -unit[0]])
-    _line(canvas, hip, knee, colour, 4.4 * size)
-    _line(canvas, knee, foot, colour, 4.4 * size)
-    _disc(canvas, foot, 2.5 * size, _SHOE)
+    return hip + unit * along + sign * bend * np.array([unit[1], -unit[0]])
 
 
 def _fixed(point: np.ndarray) -> tuple[int, int]:

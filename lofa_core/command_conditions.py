@@ -1,0 +1,179 @@
+"""The command line's conditions: a sentence, skeletons, pictures, or encoded ones from a file."""
+
+import argparse
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from .conditions import Conditions, Given
+from .conditions.image import CLIPImageEncoder
+from .conditions.pose import pose_from_keypoints
+from .conditions.text import TextEncoder, check_prompt
+from .descriptions import KINDS, ConditionDescription
+from .inspection import CONDITION_KEY
+from .lora_files import read_safetensors
+
+_PICTURES = ("style", "identity")
+_LARGEST_PICTURE = 16_384  # pixels a side
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a LoRA can be predicted from."""
+    wish = parser.add_argument_group("what the LoRA shall bring out (one or several)")
+    wish.add_argument("--prompt", metavar="TEXT", help="a sentence (BASE has a text encoder)")
+    wish.add_argument("--pose", type=Path, metavar="JSON", help="skeletons, as POSE_KEYPOINT is saved")
+    for kind in _PICTURES:
+        wish.add_argument(
+            f"--{kind}", type=Path, nargs="+", metavar="PICTURE", help=f"pictures of the {kind}"
+        )
+    wish.add_argument(
+        "--image-encoder",
+        type=Path,
+        metavar="FOLDER",
+        help="CLIP's vision tower for the pictures (default: image_encoder/ of BASE)",
+    )
+    wish.add_argument(
+        "--condition",
+        type=Path,
+        metavar="COND",
+        help=f"encoded already: {CONDITION_KEY} [1, S, d], or tensors named pose, style, identity",
+    )
+    wish.add_argument(
+        "--weight",
+        type=_weight,
+        action="append",
+        default=[],
+        metavar="KIND=X",
+        help="how strongly one of several conditions counts, such as style=0.5 (default: 1)",
+    )
+
+
+def input_files(options: argparse.Namespace) -> list[Path]:
+    """The files that the conditions are read from."""
+    pictures = [path for kind in _PICTURES for path in getattr(options, kind) or ()]
+    return [path for path in (options.pose, options.condition, *pictures) if path is not None]
+
+
+def read_conditions(
+    options: argparse.Namespace, known: Mapping[str, ConditionDescription], base: Path
+) -> Conditions:
+    """The conditions that the options name, encoded as the hypernetwork takes them. ValueError where there is
+    none, one does not fit, or a file is not what it should be.
+    """
+    found = _encoded(options.condition) if options.condition is not None else {}
+    asked = [kind for kind in ("pose", *_PICTURES) if getattr(options, kind) is not None]
+    asked += ["text"] if options.prompt is not None else []
+    if not found and not asked:
+        raise ValueError(
+            "say what the LoRA shall bring out: --prompt, --pose, --style, --identity or --condition."
+        )
+    for kind in (*found, *asked):
+        if kind not in known:
+            raise ValueError(f"This hypernetwork is conditioned on {' and '.join(known)}, not on {kind}.")
+    if twice := set(found) & set(asked):
+        raise ValueError(f"{options.condition}: holds {min(twice)}, which is given by its own option too.")
+    for kind in asked:
+        found[kind] = _ENCODE[kind](options, known[kind], base)
+    for kind, tensor in found.items():
+        _check(kind, tensor, known[kind], options.condition)
+    return _weighted(found, dict(options.weight))
+
+
+def _weighted(found: Mapping[str, Tensor], weights: Mapping[str, float]) -> Conditions:
+    if unknown := set(weights) - set(found):
+        raise ValueError(f"--weight {min(unknown)}: no such condition is given.")
+    return {
+        kind: Given(tensor, torch.tensor([weights[kind]]) if kind in weights else None)
+        for kind, tensor in found.items()
+    }
+
+
+def _text(options: argparse.Namespace, known: ConditionDescription, base: Path) -> Tensor:
+    check_prompt(options.prompt, known.words)
+    states = TextEncoder.open(base).encode(options.prompt)
+    return torch.nn.functional.pad(states, (0, 0, 0, max(0, known.padded_to - states.shape[1])))
+
+
+def _pose(options: argparse.Namespace, known: ConditionDescription, base: Path) -> Tensor:
+    try:
+        document = json.loads(options.pose.read_text(encoding="utf-8"))
+        return pose_from_keypoints(document, *known.size)
+    except ValueError as error:  # of the JSON, too
+        raise ValueError(f"{options.pose}: {error}") from error
+
+
+def _pictures(kind: str, options: argparse.Namespace, base: Path) -> Tensor:
+    encoder = CLIPImageEncoder.open(options.image_encoder or base)
+    return encoder.encode([read_picture(path) for path in getattr(options, kind)])
+
+
+_ENCODE = {
+    "text": _text,
+    "pose": _pose,
+    "style": lambda options, known, base: _pictures("style", options, base),
+    "identity": lambda options, known, base: _pictures("identity", options, base),
+}
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """uint8 [H, W, 3]. ValueError naming the file where it is no picture."""
+    try:
+        with Image.open(path) as picture:
+            if max(picture.size) > _LARGEST_PICTURE:
+                raise ValueError(
+                    f"{path}: {picture.size[0]}x{picture.size[1]} pixels; the largest read is "
+                    f"{_LARGEST_PICTURE} a side."
+                )
+            return np.array(picture.convert("RGB"))
+    except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
+        raise ValueError(f"{path}: not a picture that can be read ({error}). Give a PNG or JPEG.") from error
+
+
+def _encoded(path: Path) -> dict[str, Tensor]:
+    """Kind -> tensor of a condition file."""
+    tensors, _ = read_safetensors(path)
+    names = {CONDITION_KEY: "text"} | {kind: kind for kind in KINDS if kind != "text"}
+    if not tensors or set(tensors) - set(names):
+        raise ValueError(
+            f"{path}: holds {', '.join(list(tensors)[:3]) or 'nothing'}; expected {CONDITION_KEY} [1, S, d], "
+            "or tensors named pose, style, identity."
+        )
+    return {names[name]: tensor for name, tensor in tensors.items()}
+
+
+def _check(kind: str, tensor: Tensor, known: ConditionDescription, file: Path | None) -> None:
+    source = f"{file}: {kind}" if file is not None else f"the {kind} condition"
+    shape = list(tensor.shape)
+    wanted = [1, known.width, *known.size] if kind == "pose" else [1, "S", "d"]
+    fits = shape == wanted if kind == "pose" else len(shape) == 3 and shape[0] == 1 and shape[1] > 0
+    if not fits or not tensor.is_floating_point():
+        raise ValueError(
+            f"{source} is {tensor.dtype} of shape {shape}; expected floating point numbers of shape "
+            f"[{', '.join(map(str, wanted))}]."
+        )
+    if kind != "pose" and shape[2] != known.width:
+        raise ValueError(
+            f"{source}: {shape[2]} numbers per token; this hypernetwork takes {known.width}. "
+            "Use the encoder that the hypernetwork was trained with."
+        )
+    if not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"{source}: holds values that are not numbers. Encode it again.")
+
+
+def _weight(text: str) -> tuple[str, float]:
+    kind, _, number = text.partition("=")
+    try:
+        value = float(number)
+    except ValueError:
+        value = math.nan
+    if kind not in KINDS or not 0.0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected a kind ({', '.join(KINDS)}), =, and a number of 0 or more"
+        )
+    return kind, value

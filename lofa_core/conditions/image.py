@@ -1,0 +1,100 @@
+"""Style and identity conditions: pictures, as the states of a CLIP image encoder.
+
+The encoder is CLIP-ViT-L (LoFA sections 4.2 and 4.3) or a smaller one of the same architecture. ComfyUI gives
+the same states in a CLIP_VISION_OUTPUT. transformers is imported when an encoder is opened.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .text import quiet
+
+# What CLIP was trained with: its pictures' mean and deviation.
+_MEAN, _DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+class CLIPImageEncoder:
+    """A CLIP vision tower and how it wants its pictures."""
+
+    def __init__(self, model: Any, size: int, mean: Sequence[float], deviation: Sequence[float]):
+        self._model, self._size = model, size
+        self._mean, self._deviation = (torch.tensor(x).view(3, 1, 1) for x in (mean, deviation))
+
+    @property
+    def width(self) -> int:
+        """Numbers per token."""
+        return self._model.config.hidden_size
+
+    @classmethod
+    def open(cls, folder: Path | str, device: torch.device | str = "cpu") -> "CLIPImageEncoder":
+        """Read a folder with config.json and weights (transformers' layout), or a base folder that has it in
+        image_encoder/.
+
+        Raises ValueError for a folder without a complete CLIP vision tower, or where transformers is missing.
+        """
+        folder = Path(folder)
+        if (folder / "image_encoder" / "config.json").is_file():
+            folder = folder / "image_encoder"
+        if not (folder / "config.json").is_file():
+            raise ValueError(
+                f"{folder}: no config.json of an image encoder here, nor in image_encoder/. Name a folder "
+                "with CLIP-ViT-L's vision model as transformers saves it."
+            )
+        try:
+            import transformers
+        except ImportError as error:
+            raise ValueError(
+                "Encoding a picture needs the package transformers: pip install transformers"
+            ) from error
+        kind: Any = transformers.CLIPVisionModel
+        try:
+            with quiet(transformers):
+                model, report = kind.from_pretrained(
+                    folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+                )
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"{folder}: not a CLIP image encoder, or not a whole one ({error}).") from error
+        if report["missing_keys"]:
+            missing = ", ".join(sorted(report["missing_keys"])[:3])
+            raise ValueError(
+                f"{folder}: not a complete CLIP vision tower, {len(report['missing_keys'])} tensors are "
+                f"missing ({missing}). Copy the folder again."
+            )
+        processor = folder / "preprocessor_config.json"
+        values = json.loads(processor.read_text(encoding="utf-8")) if processor.is_file() else {}
+        mean, deviation = values.get("image_mean", _MEAN), values.get("image_std", _DEVIATION)
+        return cls(model.eval().to(device), model.config.image_size, mean, deviation)
+
+    @torch.no_grad()
+    def encode(self, pictures: Sequence[np.ndarray]) -> Tensor:
+        """Pictures uint8 [H, W, 3] of one task, of any size -> tokens [1, n S, d]: the states before the last
+        layer, one picture after the other. Raises ValueError for anything else.
+        """
+        if not len(pictures):
+            raise ValueError("no picture was given: name one or more.")
+        ready = torch.stack([self._prepared(picture) for picture in pictures]).to(self._model.device)
+        states = self._model(pixel_values=ready, output_hidden_states=True).hidden_states[-2]
+        return states.flatten(0, 1).unsqueeze(0)
+
+    def _prepared(self, picture: np.ndarray) -> Tensor:
+        """The middle square, as large as the encoder wants it, normalised; as ComfyUI prepares it."""
+        if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8 or not picture.size:
+            raise ValueError(
+                f"a picture is {picture.dtype} {list(picture.shape)}; expected uint8 [height, width, 3]."
+            )
+        image = torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1).float().unsqueeze(0) / 255.0
+        if image.shape[2:] != (self._size, self._size):
+            scale = self._size / min(image.shape[2:])
+            sizes = [round(scale * side) for side in image.shape[2:]]
+            image = F.interpolate(image, size=sizes, mode="bicubic", antialias=True)
+            top, left = ((side - self._size) // 2 for side in sizes)
+            image = image[:, :, top : top + self._size, left : left + self._size]
+        image = (255.0 * image).clamp(0, 255).round() / 255.0
+        return (image[0] - self._mean) / self._deviation

@@ -1,0 +1,1 @@
+"""The second miniature: SDXL's architecture at toy size over a world of portraits."""

@@ -1,0 +1,130 @@
+"""docs/RESULTS.md out of the runs' evaluations.
+
+`python -m training.results text=runs/text pose=runs/pose style=runs/style all=runs/all` reads each run's
+evaluation.json and writes the table of held-out figures, every condition under the network trained for it
+alone and under the one for all.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+MEASURES = {
+    "joint": "all factors right",
+    "mean_accuracy": "factors right",
+    "frechet": "Frechet distance",
+    "flow_matching": "flow matching",
+}
+TOGETHER = "all"  # the run of the network for all conditions
+KINDS = ("text", "pose", "style")
+
+
+def row_of(found: dict, kind: str) -> dict[str, float] | None:
+    """A network's figures under one kind of condition; None where it does not know the kind."""
+    table = found.get("looks") if kind == "style" else found
+    if table is None or "rows" not in table:
+        return None
+    name = "LoFA" if table["condition"] == kind else f"LoFA, {kind}"
+    return table["rows"].get(name)
+
+
+def conditions_table(runs: dict[str, dict]) -> list[str]:
+    """Markdown: each kind of condition, the network for it alone and the one for all, and their ratio."""
+    lines = [
+        "| condition | network | " + " | ".join(MEASURES.values()) + " |",
+        "|---" * (2 + len(MEASURES)) + "|",
+    ]
+    for kind in KINDS:
+        rows = {
+            name: row
+            for name, run in (("for it alone", runs.get(kind)), ("for all", runs.get(TOGETHER)))
+            if run is not None and (row := row_of(run, kind)) is not None
+        }
+        for name, row in rows.items():
+            lines.append(f"| {kind} | {name} | " + " | ".join(_shown(m, row[m]) for m in MEASURES) + " |")
+        if len(rows) == 2:
+            alone, both = rows.values()
+            ratios = (f"{both[m] / alone[m]:.2f}" if alone[m] else "-" for m in MEASURES)
+            lines.append(f"| | for all / alone | {' | '.join(ratios)} |")
+    return lines
+
+
+def both_table(run: dict) -> list[str]:
+    """Markdown: a held-out action and a held-out look asked for at once."""
+    lines = [
+        "| given | action right | look right | both right | Frechet distance |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in run["both"]["rows"].items():
+        figures = (row["joint_action"], row["joint_look"], row["joint"])
+        lines.append(f"| {name} | " + " | ".join(f"{x:.3f}" for x in figures) + f" | {row['frechet']:.2f} |")
+    return lines
+
+
+def reference_tables(run: dict) -> list[str]:
+    """Markdown: what surrounds LoFA in the run's own tables of actions and looks."""
+    lines = []
+    for title, table in (("Actions", run), ("Looks", run.get("looks"))):
+        if table is None or "rows" not in table:
+            continue
+        lines += ["", f"### {title}", "", "| method | " + " | ".join(MEASURES.values()) + " |"]
+        lines.append("|---" * (1 + len(MEASURES)) + "|")
+        for name, row in table["rows"].items():
+            shown = (_shown(m, row[m]) if m in row else "" for m in MEASURES)
+            lines.append(f"| {name} | " + " | ".join(shown) + " |")
+    return lines
+
+
+def _shown(measure: str, value: float) -> str:
+    return f"{value:.{ {'frechet': 2, 'flow_matching': 4}.get(measure, 3) }f}"
+
+
+def document(runs: dict[str, dict], command: str) -> str:
+    """The whole page."""
+    lines = [
+        "# Results",
+        "",
+        "Measured on the miniature, on tasks that LoRAs and hypernetwork never saw: held-out actions in",
+        "wordings reserved for this and in poses of new clips, held-out looks from a picture. (The base",
+        "model has seen the looks, not the actions.) Written by",
+        f"`{command}`.",
+        "",
+        "## Each condition alone, and one network for all",
+        "",
+        *conditions_table(runs),
+    ]
+    if "both" in runs.get(TOGETHER, {}):
+        lines += ["", "## Text and style at once", "", *both_table(runs[TOGETHER])]
+    if TOGETHER in runs:
+        lines += ["", "## The network for all beside its baselines", *reference_tables(runs[TOGETHER])]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m training.results",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", nargs="+", metavar="NAME=FOLDER", help=f"text, pose, style or {TOGETHER}")
+    parser.add_argument("--out", type=Path, default=Path("docs/RESULTS.md"))
+    chosen = parser.parse_args()
+    runs = {}
+    for text in chosen.runs:
+        name, _, folder = text.partition("=")
+        path = Path(folder) / "evaluation.json"
+        if name not in (*KINDS, TOGETHER) or not path.is_file():
+            parser.error(f"{text}: expected text, pose, style or {TOGETHER}, =, and a run that was evaluated")
+        runs[name] = json.loads(path.read_text(encoding="utf-8"))
+    command = "python -m training.results " + " ".join(chosen.runs)
+    chosen.out.write_text(document(runs, command), encoding="utf-8")
+    Console(highlight=False).print(f"wrote {chosen.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
