@@ -67,6 +67,7 @@ def read_conditions(
     none, one does not fit, or a file is not what it should be.
     """
     found = _encoded(options.condition) if options.condition is not None else {}
+    sources = {kind: f"{options.condition}: {kind}" for kind in found}
     asked = [kind for kind in ("pose", *_PICTURES) if getattr(options, kind) is not None]
     asked += ["text"] if options.prompt is not None else []
     if not found and not asked:
@@ -81,7 +82,7 @@ def read_conditions(
     for kind in asked:
         found[kind] = _ENCODE[kind](options, known[kind], base)
     for kind, tensor in found.items():
-        _check(kind, tensor, known[kind], options.condition)
+        _check(sources.get(kind, f"the {kind} condition"), tensor, known[kind])
     return _weighted(found, dict(options.weight))
 
 
@@ -147,17 +148,16 @@ def _encoded(path: Path) -> dict[str, Tensor]:
     return {names[name]: tensor for name, tensor in tensors.items()}
 
 
-def _check(kind: str, tensor: Tensor, known: ConditionDescription, file: Path | None) -> None:
-    source = f"{file}: {kind}" if file is not None else f"the {kind} condition"
-    shape = list(tensor.shape)
-    wanted = [1, known.width, *known.size] if kind == "pose" else [1, "S", "d"]
-    fits = shape == wanted if kind == "pose" else len(shape) == 3 and shape[0] == 1 and shape[1] > 0
+def _check(source: str, tensor: Tensor, known: ConditionDescription) -> None:
+    shape, pose = list(tensor.shape), known.kind == "pose"
+    wanted = [1, known.width, *known.size] if pose else [1, "S", "d"]
+    fits = shape == wanted if pose else len(shape) == 3 and shape[0] == 1 and shape[1] > 0
     if not fits or not tensor.is_floating_point():
         raise ValueError(
             f"{source} is {tensor.dtype} of shape {shape}; expected floating point numbers of shape "
             f"[{', '.join(map(str, wanted))}]."
         )
-    if kind != "pose" and shape[2] != known.width:
+    if not pose and shape[2] != known.width:
         raise ValueError(
             f"{source}: {shape[2]} numbers per token; this hypernetwork takes {known.width}. "
             "Use the encoder that the hypernetwork was trained with."

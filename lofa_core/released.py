@@ -117,6 +117,8 @@ def published_state(hypernetwork: Hypernetwork) -> tuple[dict[str, Tensor], dict
 
     Raises ValueError for a network of another design, which those names cannot hold.
     """
+    if len(hypernetwork.base.by_shape()) > 1 or list(hypernetwork.conditions) != ["text"]:
+        raise ValueError("the published names are for layers of one shape and for text alone")
     design = {name: getattr(hypernetwork.config, name) for name in RELEASED_DESIGN}
     if design != RELEASED_DESIGN:
         raise ValueError(f"this hypernetwork's design is {design}; the published one is {RELEASED_DESIGN}")

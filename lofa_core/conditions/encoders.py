@@ -40,7 +40,8 @@ class PoseEncoder(nn.Module):
     def __init__(self, description: ConditionDescription, width: int):
         super().__init__()
         self.size = description.size
-        channels = [description.width, *(max(8, width // part) for part in (8, 4, 2)), width]
+        # Multiples of the norms' four groups.
+        channels = [description.width, *(max(8, width // part // 4 * 4) for part in (8, 4, 2)), width]
         self.convolutions = nn.ModuleList(
             nn.Conv3d(into, out, 3, stride, 1)
             for into, out, stride in zip(channels[:-1], channels[1:], _POSE_STRIDES, strict=True)

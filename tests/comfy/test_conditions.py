@@ -1,8 +1,13 @@
 """Pose and style in the running ComfyUI: from keypoints and pictures to a LoRA, with an untrained network."""
 
+import json
+from pathlib import Path
+
 import pytest
 from PIL import Image
 from test_nodes import FINE
+
+ROOT = Path(__file__).resolve().parents[2]
 
 KINDS = "all_kinds.safetensors"
 
@@ -132,3 +137,54 @@ def test_a_network_for_text_says_that_it_does_not_know_pose(server):
     assert "conditioned on text, not on pose" in server.fail(
         start("miniature (text)") | {"5": POSE} | seen("5", 20)
     )
+
+
+def full_size_workflow(server, name: str) -> dict:
+    """A shipped WAN2.1 workflow with the miniature's parts for what a test machine lacks."""
+    workflow = json.loads((ROOT / f"workflows/{name}.json").read_text(encoding="utf-8"))
+    prompt = server.api_form(workflow)
+    by_class = {node["class_type"]: number for number, node in prompt.items()}
+    prompt["100"] = {"class_type": "LoFALoadMiniature", "inputs": {}}
+    prompt["101"] = start()["3"]
+    for node in prompt.values():
+        inputs = node["inputs"]
+        match node["class_type"]:
+            case "CLIPTextEncode":
+                inputs |= {"clip": ["100", 1], "text": "a person jumps up"}
+            case "KSampler":
+                inputs["steps"] = 2
+            case "LoFALoadHypernetwork":
+                inputs["hypernetwork"] = KINDS
+            case "LoFAEncodePose":
+                inputs["keypoints"] = ["101", 0]
+            case "CLIPVisionEncode":
+                inputs |= {"clip_vision": ["100", 3], "image": ["101", 1]}
+            case "EmptyHunyuanLatentVideo":
+                inputs |= {"width": 64, "height": 64, "length": 17}
+            case "SaveVideo":
+                saved = {"images": [by_class["ImageStitch"], 0], "filename_prefix": name}
+                node |= {"class_type": "SaveImage", "inputs": saved}
+    absent = {"CLIPLoader", "CreateVideo", "LoadVideo", "GetVideoComponents", "CheckpointLoaderSimple"}
+    absent |= {"SDPoseKeypointExtractor", "LoadImage", "CLIPVisionLoader"}
+    return {number: node for number, node in prompt.items() if node["class_type"] not in absent}
+
+
+@pytest.mark.parametrize("name", ["wan_pose_action", "wan_style"])
+def test_the_wan_workflows_for_pose_and_style_run_to_the_end(server, name):
+    prompt = full_size_workflow(server, name)
+    outputs = server.succeed(prompt)
+    (saved,) = (n for n, node in prompt.items() if node["class_type"] == "SaveImage")
+    shown = Image.open(server.file(outputs[saved]["images"][8]))
+    left, right = shown.crop((0, 0, 64, 64)), shown.crop((shown.width - 64, 0, shown.width, 64))
+    assert left.tobytes() != right.tobytes()
+
+
+@pytest.mark.parametrize("name", ["wan_pose_action", "wan_style", "sdxl_identity"])
+def test_every_link_of_a_workflow_joins_sockets_of_one_type(server, name):
+    workflow = json.loads((ROOT / f"workflows/{name}.json").read_text(encoding="utf-8"))
+    nodes, info = {node["id"]: node for node in workflow["nodes"]}, server.json("/object_info")
+    prompt = server.api_form(workflow)  # fails where a node or a widget is unknown
+    assert len(prompt) == len(nodes) - 1  # the note stays in the page
+    for _, source, slot, target, place, kind in workflow["links"]:
+        assert info[nodes[source]["type"]]["output"][slot] == kind
+        assert nodes[target]["inputs"][place]["type"] == kind

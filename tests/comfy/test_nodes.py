@@ -29,6 +29,7 @@ NODE_IDS = {
     "LoFASaveLoRA",
     "LoFAResponseHeatmap",
 }
+WORKFLOWS = {path.stem for path in (ROOT / "workflows").glob("*.json")}
 MINIATURE = ROOT / "lofa_core/miniature/transformer/wan_miniature.safetensors"
 
 
@@ -111,7 +112,7 @@ def test_help_pages_translations_and_templates_are_served(server):
     for name in NODE_IDS:
         assert server.get(f"/extensions/lofa/docs/{name}.md").startswith(b"# ")
     assert set(server.json("/i18n")["en"]["nodeDefs"]) >= NODE_IDS
-    assert set(server.json("/workflow_templates")["lofa"]) == {"miniature_text_to_video", "wan_text_action"}
+    assert set(server.json("/workflow_templates")["lofa"]) == WORKFLOWS
 
 
 def test_english_locale_repeats_the_schema(server):
