@@ -164,6 +164,7 @@ def test_all_stages_train_on_pose_style_and_text_and_go_on_after_a_kill(wan, tmp
     whole = losses_of(wan, "end_to_end")
     network = load_hypernetwork(wan.folder / "hypernetwork.safetensors")
     assert list(network.conditions) == ["text", "pose", "style"]
+    assert {path.name for path in (wan.folder / "samples").iterdir()} == {"told.png", "told_response.png"}
 
     again = run_over(wan.config.data.folder, miniature.FOLDER, tmp_path, data=WAN_DATA)
     (tmp_path / "cache").symlink_to(wan.folder / "cache")

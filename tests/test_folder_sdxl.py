@@ -63,6 +63,7 @@ def test_all_stages_train_on_sdxl_and_identity(sdxl):
     network = load_hypernetwork(sdxl.folder / "hypernetwork.safetensors")
     assert network.base.name == "SDXL miniature" and len(network.base.by_shape()) == 4
     assert network.conditions["identity"].width == IMAGE_WIDTH
+    assert {path.name for path in (sdxl.folder / "samples").iterdir()} == {"p3.png", "p3_response.png"}
 
 
 def test_sdxls_text_condition_is_its_padded_states(sdxl, tmp_path):

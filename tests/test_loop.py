@@ -4,8 +4,10 @@ import functools
 import io
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 from tiny import generator
 
@@ -23,6 +25,7 @@ from training.miniature import world
 from training.miniature.latents import LatentClips
 from training.miniature.tasks import MiniatureTasks
 from training.miniature.world_tasks import WorldTask
+from training.samples import write_samples
 
 
 def config(folder, **changes):
@@ -85,6 +88,21 @@ def test_what_is_written_is_a_hypernetwork_for_the_base(finished):
     assert network.base.fingerprint == base.fingerprint()
     found = predict(network, base, finished.data.conditions([{"text": "a person jumps up"}]))
     assert len(found.lora) == 32 and all(torch.isfinite(found.lora.delta(name)).all() for name in found.lora)
+
+
+def test_at_the_end_there_are_samples_and_heatmaps_of_held_out_tasks_to_look_at(finished, tmp_path):
+    names = [task.id for task in finished.data.held_out[:2]]
+    wanted = {f"{name}{part}.png" for name in names for part in ("", "_response")}
+    assert {path.name for path in (finished.folder / "samples").iterdir()} == wanted
+    network = load_hypernetwork(finished.folder / "hypernetwork.safetensors")
+    network.statistics["96x96"].B_mean.normal_(std=0.1, generator=generator(3))
+    for path in write_samples(network, finished.data, tmp_path, torch.device("cpu")):
+        shown, before = (np.array(Image.open(p)) for p in (path, finished.folder / "samples" / path.name))
+        if path.stem.endswith("_response"):
+            assert shown.shape == before.shape and (shown != before).any()
+        else:  # the base above is the same, the LoRA below another one
+            assert shown.shape == (2 * 64, 9 * 64, 3)
+            assert (shown[:64] == before[:64]).all() and (shown[64:] != before[64:]).mean() > 0.1
 
 
 def test_loras_that_are_lost_are_trained_again_and_no_others(finished, monkeypatch):

@@ -35,6 +35,7 @@ from .lora_factory import initial_A
 from .lora_run import Summary, make_dataset, train_here
 from .miniature import evaluator as evaluator_module
 from .readme import write_figures
+from .samples import write_samples
 from .stages import Diffusion, Stage1, Stage2
 from .trainer import train
 
@@ -116,8 +117,7 @@ class Run:
         network.stage2.trunk.checkpoint_activations = self.config.stage2.checkpoint_activations
         stage = Stage2(network, self.data, known, self._held_out(), self.config.stage2, self.device)
         self._train(stage)
-        stage.finish()
-        self._save(network, "hypernetwork.safetensors", torch.float16)
+        self._finish(stage, network)
 
     def end_to_end(self) -> None:
         """Both stages from clips alone; writes hypernetwork.safetensors in half precision."""
@@ -132,8 +132,19 @@ class Run:
             stage.trunk.checkpoint_activations = settings.checkpoint_activations
         stage = EndToEnd(network, self.data, settings, self.device)
         self._train(stage)
+        self._finish(stage, network)
+
+    def _finish(self, stage: Diffusion, network: Hypernetwork) -> None:
+        """Keep the averaged weights, and show what they do: samples/."""
         stage.finish()
         self._save(network, "hypernetwork.safetensors", torch.float16)
+        if self.process == 0:
+            written = write_samples(network, self.data, self.folder / "samples", self.device)
+            if written:
+                self.console.print(
+                    f"wrote {len(written)} pictures into {self.folder / 'samples'}", soft_wrap=True
+                )
+        self.accelerator.wait_for_everyone()
 
     def _check_prompts(self, settings: DiffusionConfig, known: Sequence) -> None:
         """The teacher is a task's own LoRA or, without one, the base model under the task's prompt."""

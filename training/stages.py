@@ -45,10 +45,9 @@ def stage1_losses(response: Response, weights: Tensor, A: Tensor, B: Tensor) -> 
             "size": response.A.float().square().mean() + response.B.float().square().mean(),
         }
         if isinstance(response, GaussianResponse):
-            log_deviation = (
-                response.row_log_deviation.float().unsqueeze(-1)
-                + response.column_log_deviation.float().unsqueeze(-2)
-            )
+            log_deviation = response.row_log_deviation.float().unsqueeze(
+                -1
+            ) + response.column_log_deviation.float().unsqueeze(-2)
             error = (delta - response.B.float() @ response.A.float()) * (-log_deviation).exp()
             typical = log_deviation.detach().mean()  # so that the term does not depend on the unit of dW
             losses["likelihood"] = (0.5 * error.pow(2) + log_deviation - typical).mean()

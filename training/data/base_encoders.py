@@ -16,7 +16,15 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from lofa_core.base_models import WAN_IMAGE_KINDS, BaseModel
 from lofa_core.conditions.text import TextEncoder
 
-from ..backbones import TEXT_LENGTH, fold_padding, load_image_vae, load_vae, to_unit, variant_of
+from ..backbones import (
+    TEXT_LENGTH,
+    fold_padding,
+    from_unit,
+    load_image_vae,
+    load_vae,
+    to_unit,
+    variant_of,
+)
 from ..denoisers import Prompts
 
 # One text as it is cached: `states` [S, d], and for SDXL `pooled` [p].
@@ -38,6 +46,10 @@ class BaseEncoders(ABC):
     @abstractmethod
     def latents(self, clip: np.ndarray) -> Tensor:
         """Frames uint8 [T, H, W, 3] -> unit latents float16 [1, C, ...], the posterior's mean."""
+
+    @abstractmethod
+    def pictures(self, latents: Tensor) -> np.ndarray:
+        """Unit latents [N, C, ...] -> frames uint8 [N, T, H, W, 3]."""
 
     @abstractmethod
     def text(self, text: str) -> Text:
@@ -69,6 +81,11 @@ class WanEncoders(BaseEncoders):
     def latents(self, clip: np.ndarray) -> Tensor:
         video = _pixels(clip, self.device).transpose(0, 1)[None]
         return to_unit(self._vae.encode(video).latent_dist.mean, self._vae).half().cpu()
+
+    @torch.no_grad()
+    def pictures(self, latents: Tensor) -> np.ndarray:
+        video = self._vae.decode(from_unit(latents.to(self.device), self._vae)).sample
+        return _frames(video.transpose(1, 2))
 
     def text(self, text: str) -> Text:
         states = self._text.encode(text)[0].cpu()
@@ -115,6 +132,11 @@ class SDXLEncoders(BaseEncoders):
         return (mean * self._vae.config.scaling_factor).half().cpu()
 
     @torch.no_grad()
+    def pictures(self, latents: Tensor) -> np.ndarray:
+        shown = self._vae.decode(latents.to(self.device) / self._vae.config.scaling_factor).sample
+        return _frames(shown.unsqueeze(1))
+
+    @torch.no_grad()
     def text(self, text: str) -> Text:
         states, pooled = [], torch.empty(0)
         for tokenizer, encoder in self._texts:
@@ -158,6 +180,11 @@ def encoders_of(base: Path, model: BaseModel, frames: int) -> type[BaseEncoders]
 def _pixels(clip: np.ndarray, device: torch.device) -> Tensor:
     """uint8 [T, H, W, 3] -> [T, 3, H, W] in -1..1."""
     return torch.from_numpy(clip).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+
+
+def _frames(pixels: Tensor) -> np.ndarray:
+    """[N, T, 3, H, W] in -1..1 -> uint8 [N, T, H, W, 3]."""
+    return ((pixels.clamp(-1, 1) + 1.0) * 127.5).round().byte().permute(0, 1, 3, 4, 2).cpu().numpy()
 
 
 def _clip_encoder(kind: Any, folder: Path) -> Any:

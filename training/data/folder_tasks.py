@@ -145,6 +145,10 @@ class FolderTasks(OverBase):
         clips = self._clips_of[task]
         return self.clips[clips[torch.from_numpy(rng.integers(len(clips), size=count))]]
 
+    def pictures(self, latents: Tensor) -> np.ndarray:
+        """Unit latents [N, C, ...] -> frames uint8 [N, T, H, W, 3]."""
+        return self._encoders(self.base, torch.device("cpu")).pictures(latents)
+
     def held_out_latents(self, each: int) -> Callable[[TaskName], Tensor]:
         """Those that the held-out tasks' own LoRAs are trained on: all there are. A world draws `each`."""
         return self.latents_of

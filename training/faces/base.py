@@ -56,7 +56,7 @@ def train(
     *,
     batch: int = 32,
     seed: int = 0,
-    learning_rate: float = 2e-3,
+    learning_rate: float = 5e-3,
     ema_decay: float = 0.999,
     report=lambda step, figures: None,
 ) -> UNet2DConditionModel:

@@ -21,9 +21,10 @@ from ..denoisers import Prompts
 from ..over_base import OverBase
 from ..told import NOTHING, picture_count, some_kinds
 from . import captions, text_encoder, world
-from .latents import LatentClips, encode_clips
+from .latents import LatentClips, decode_clips, encode_clips
 from .style_pictures import IMAGE_WIDTH, PICTURES, style_states
 from .transformer import PromptEncoder, load_prompt_encoder
+from .vae import WholeClipVAE
 from .world_tasks import WorldTask, split_looks
 
 POSE_SIZE = (world.FRAMES, world.SIZE, world.SIZE)
@@ -118,6 +119,10 @@ class MiniatureTasks(OverBase):
         encoded = self.held_out_clips(each, offset=2)
         rows = {task: slice(i * each, (i + 1) * each) for i, task in enumerate(self.held_out)}
         return lambda task: encoded.latents[rows[task]]
+
+    def pictures(self, latents: Tensor) -> np.ndarray:
+        """Unit latents [N, C, T, H, W] -> frames uint8 [N, T, H, W, 3]."""
+        return decode_clips(WholeClipVAE(load_vae(self.base)), latents)
 
     def loss_weights(self, task: WorldTask) -> Tensor:
         """Weights [C, T, H, W] of a loss on a task's latents: larger where actions show, for a task with one;
