@@ -12,20 +12,9 @@ from lofa_core.descriptions import BaseDescription, ConditionDescription, Hypern
 from lofa_core.hypernetwork import Hypernetwork
 from lofa_core.lora_files import save_lora, to_state_dict
 from lofa_core.prediction import predict
+from training.full_size import SDXL
 
 IDENTITY = ConditionDescription("identity", STYLE.width, coarse_prompt="a person")
-SDXL = {  # of diffusers' UNet2DConditionModel
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
 
 
 def small_network(base):
