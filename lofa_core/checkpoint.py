@@ -9,6 +9,7 @@ import torch
 from .base_models import open_safetensors
 from .descriptions import BaseDescription, ConditionDescription, HypernetworkConfig, LayerDescription
 from .hypernetwork import Hypernetwork
+from .int8 import SUFFIX, packed, unpacked
 from .lora_files import each_tensor, write_safetensors
 
 FORMAT = "lofa.hypernetwork.2"
@@ -17,7 +18,10 @@ FORMAT = "lofa.hypernetwork.2"
 def save_hypernetwork(
     hypernetwork: Hypernetwork, path: Path | str, *, dtype: torch.dtype | None = None, notes: str = ""
 ) -> None:
-    """Write weights (cast to `dtype` if given) and everything needed to rebuild the network; atomic."""
+    """Write weights and everything needed to rebuild the network; atomic.
+
+    `dtype`: what floating-point weights are cast to; torch.int8 packs them by rows (int8.py).
+    """
     base = hypernetwork.base
     header = {
         "config": asdict(hypernetwork.config),
@@ -28,10 +32,13 @@ def save_hypernetwork(
         },
         "conditions": [asdict(condition) for condition in hypernetwork.conditions.values()],
     }
-    tensors = {
-        key: value.to(dtype) if dtype is not None and value.is_floating_point() else value
-        for key, value in hypernetwork.own_state().items()
-    }
+    tensors = hypernetwork.own_state()
+    if dtype == torch.int8:
+        tensors = packed(tensors)
+    elif dtype is not None:
+        tensors = {
+            key: value.to(dtype) if value.is_floating_point() else value for key, value in tensors.items()
+        }
     metadata = {"format": FORMAT, "lofa": json.dumps(header)}
     if notes:
         metadata["notes"] = notes
@@ -39,14 +46,13 @@ def save_hypernetwork(
 
 
 def load_hypernetwork(path: Path | str, dtype: torch.dtype | None = torch.float32) -> Hypernetwork:
-    """Rebuild a network for prediction, its weights in `dtype` (None: as the file has them).
+    """Rebuild a network for prediction, its weights in `dtype` (None: as stored; float16 for int8).
 
     Raises FileNotFoundError, or ValueError where the file is not one of ours, naming what it is not.
     """
     path = Path(path)
     hypernetwork = describe_hypernetwork(path)
-    tensors = {key: tensor.to(dtype or tensor.dtype, copy=True) for key, tensor in each_tensor(path)}
-    return hypernetwork.filled(tensors)
+    return hypernetwork.filled(unpacked(each_tensor(path), dtype))
 
 
 def describe_hypernetwork(path: Path) -> Hypernetwork:
@@ -61,6 +67,7 @@ def describe_hypernetwork(path: Path) -> Hypernetwork:
     with open_safetensors(path) as handle:
         metadata = handle.metadata() or {}
         shapes = {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}
+        packed_keys = {key for key in shapes if handle.get_slice(key).get_dtype() == "I8"}
     if metadata.get("format") != FORMAT:
         raise ValueError(
             f"{path.name}: not a LoFA hypernetwork (its metadata says format "
@@ -74,6 +81,7 @@ def describe_hypernetwork(path: Path) -> Hypernetwork:
             f"{path.name}: its LoFA header is damaged ({error}). Download or train it again."
         ) from error
     expected = {key: tuple(value.shape) for key, value in hypernetwork.own_state().items()}
+    expected |= {key + SUFFIX: expected[key][:1] for key in packed_keys & expected.keys()}
     if expected.keys() != shapes.keys():
         missing, unknown = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
         raise ValueError(

@@ -121,6 +121,21 @@ def test_converting_is_lossless_and_predicts_the_same_lora_bit_for_bit(tmp_path,
         assert all(torch.equal(original[key], state[key]) for key in original)
 
 
+def test_converting_to_eight_bits_keeps_the_lora_near(tmp_path, expected):
+    whole, small = tmp_path / "whole.safetensors", tmp_path / "small.safetensors"
+    stages = ["--stage1", str(STAGES[0]), "--stage2", str(STAGES[1])]
+    for path, more in ((whole, []), (small, ["--int8"])):
+        assert command_line.main(["convert", *stages, "--out", str(path), *more]) == 0
+    assert small.stat().st_size < 0.35 * whole.stat().st_size
+    base = BaseWeights.open(REFERENCE / "base.safetensors")
+    one, two = (
+        predict(load_hypernetwork(path), base, text(expected["text_emb"])).lora for path in (whole, small)
+    )
+    for name in one:
+        difference = one[name].delta() - two[name].delta()
+        assert 0 < difference.norm() < 0.1 * one[name].delta().norm()
+
+
 @pytest.mark.parametrize(
     ("changes", "side", "words"),
     [

@@ -183,6 +183,7 @@ class TrainingConfig:
 
     base: str  # a base folder; "miniature" is the embedded one
     out: str  # the run's folder
+    stored_as: Literal["float32", "bfloat16", "float16", "int8"] = "float16"  # the finished hypernetwork
     data: DataConfig = field(default_factory=DataConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)

@@ -110,7 +110,7 @@ class Run:
         self._save(network, "stage1.safetensors", torch.float32)
 
     def stage2(self) -> None:
-        """Stage II from Stage I; writes hypernetwork.safetensors in half precision."""
+        """Stage II from Stage I; writes hypernetwork.safetensors."""
         known = self._dataset("training")
         self._check_prompts(self.config.stage2, known.tasks)
         network = load_hypernetwork(self.folder / "stage1.safetensors").requires_grad_(True)
@@ -120,7 +120,7 @@ class Run:
         self._finish(stage, network)
 
     def end_to_end(self) -> None:
-        """Both stages from clips alone; writes hypernetwork.safetensors in half precision."""
+        """Both stages from clips alone; writes hypernetwork.safetensors."""
         settings = self.config.end_to_end
         self._check_prompts(settings, [])
         network = self._new_network()
@@ -137,7 +137,7 @@ class Run:
     def _finish(self, stage: Diffusion, network: Hypernetwork) -> None:
         """Keep the averaged weights, and show what they do: samples/."""
         stage.finish()
-        self._save(network, "hypernetwork.safetensors", torch.float16)
+        self._save(network, "hypernetwork.safetensors", getattr(torch, self.config.stored_as))
         if self.process == 0:
             written = write_samples(network, self.data, self.folder / "samples", self.device)
             if written:

@@ -1,0 +1,188 @@
+"""Identity on the second miniature, judged as the paper's table 3: held-out people from one picture each.
+
+`python -m training.faces.identity --config training/configs/faces_identity.toml` writes evaluation.json into
+the run's folder. Every method draws the same people from the same noise: under the coarse prompt alone, and
+in scenes that a prompt asks for, with guidance.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from lofa_core.checkpoint import load_hypernetwork
+from lofa_core.hypernetwork import Hypernetwork
+
+from ..baselines.simple import mean_lora, nearest_lora, ridge_lora
+from ..config import TrainingConfig, load_config
+from ..data.folder_tasks import FolderTasks
+from ..denoisers import Denoiser
+from ..factors import Factors, by_name
+from ..injection import injected
+from ..judge import predicted_factors
+from ..looks import names_by_shape
+from ..lora_dataset import LoRADataset, LoRAFolder
+from ..lora_factory import train_loras
+from . import captions, evaluator, world
+from .dataset import person
+from .figures import of_people
+from .model import CHANNELS, LATENT_SIZE, Base, Prompted, sample
+from .portraits import to_pictures
+from .vae import decode
+
+EACH, SCENE_GUIDANCE = 6, 3.0
+_SEED = 31
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row: the people's LoRAs, or none; `words`: whether the prompt says what the person looks like."""
+
+    name: str
+    loras: Factors | None
+    words: bool = False
+
+
+class Studio:
+    """Draws held-out people under a method and reads what came out."""
+
+    def __init__(
+        self,
+        base: Base,
+        denoiser: Denoiser,
+        people: Sequence[world.Identity],
+        groups: Sequence[Sequence[str]],
+    ):
+        self.base, self.unet, self.people, self.groups = base, denoiser.model, list(people), groups
+        self.modules = denoiser.modules([name for names in groups for name in names])
+        self.reader = evaluator.load(base.folder / "evaluator.safetensors")
+        rng = np.random.default_rng(_SEED)
+        self.scenes = [[world.random_attributes(rng) for _ in range(EACH)] for _ in people]
+        self.word_seeds = [int(rng.integers(2**31)) for _ in people]
+        self.noise = torch.randn(
+            len(people), EACH, CHANNELS, LATENT_SIZE, LATENT_SIZE,
+            generator=torch.Generator().manual_seed(_SEED),
+        )  # fmt: skip
+
+    def prompts(self, row: int, words: bool, scenes: bool) -> list[str]:
+        """One for each picture of a person."""
+        identity = self.people[row] if words else None
+        rng = np.random.default_rng(self.word_seeds[row])
+        shown = self.scenes[row] if scenes else [None] * EACH
+        if identity is None and not scenes:
+            return [captions.COARSE] * EACH
+        return [captions.fine_caption(identity, attributes, rng) for attributes in shown]
+
+    @torch.no_grad()
+    def draw(self, method: Method, scenes: bool) -> np.ndarray:
+        """uint8 [people x EACH, 64, 64, 3]; with guidance where scenes are asked for."""
+        latents: list[Tensor] = []
+        for row in range(len(self.people)):
+            prompted = self.base.prompts(self.prompts(row, method.words, scenes))
+            latents.append(self._sampled(method, row, prompted, SCENE_GUIDANCE if scenes else 1.0))
+        return to_pictures(decode(self.base.vae, torch.cat(latents)))
+
+    def _sampled(self, method: Method, row: int, prompted: Prompted, guidance: float) -> Tensor:
+        def run() -> Tensor:
+            return sample(self.unet, self.noise[row], prompted, self.base.scheduler, guidance=guidance)
+
+        if method.loras is None:
+            return run()
+        with injected(self.modules, *by_name(self.groups, method.loras[row : row + 1])):
+            return run()
+
+    def measure(self, method: Method) -> dict:
+        """Figures under the coarse prompt, and under "scenes" those of prompts that ask for one."""
+        found = of_people(self.reader, self.draw(method, scenes=False), self.people, EACH)
+        shown = self.draw(method, scenes=True)
+        wanted = np.array([scene.indices() for scenes in self.scenes for scene in scenes])
+        right = self.reader.read(shown).attributes == wanted
+        in_scenes = of_people(self.reader, shown, self.people, EACH)
+        return found | {"scenes": in_scenes | {"attributes_right": float(right.mean())}}
+
+
+def methods(
+    hypernetwork: Hypernetwork, data: FolderTasks, known: LoRADataset, wanted: LoRADataset
+) -> list[Method]:
+    """The rows; the baselines are told the true factors, the hypernetwork sees one picture."""
+    rng = np.random.default_rng(_SEED)
+    told = [data.plain_condition(task, rng) for task in wanted.tasks]
+    indices = [
+        torch.tensor([person(task.id).indices() for task in dataset.tasks]) for dataset in (known, wanted)
+    ]
+    return [
+        Method("base", None),
+        Method("base, the person in words", None, words=True),
+        Method("mean LoRA", mean_lora(known.loras, len(wanted.tasks))),
+        Method("nearest LoRA", nearest_lora(known.loras, *indices)),
+        Method("ridge regression", ridge_lora(known.loras, *indices)),
+        Method("LoFA", predicted_factors(hypernetwork, data, told)),
+        Method("per-person LoRA", wanted.loras),
+    ]
+
+
+def seconds(
+    hypernetwork: Hypernetwork, data: FolderTasks, wanted: LoRADataset, config: TrainingConfig
+) -> dict[str, float]:
+    """What one person's LoRA takes on this machine: predicted (median of five), trained (once)."""
+    condition = data.plain_condition(wanted.tasks[0], np.random.default_rng(_SEED))
+    predicted = []
+    for _ in range(6):  # the first warms up
+        started = time.perf_counter()
+        predicted_factors(hypernetwork, data, [condition])
+        predicted.append(time.perf_counter() - started)
+    task = wanted.tasks[0]
+    started = time.perf_counter()
+    train_loras(
+        data.load_denoiser(), data.weights.model.layers, {task.id: data.latents_of(task)}, data.coarse(),
+        config.lora,
+    )  # fmt: skip
+    return {"LoFA": statistics.median(predicted[1:]), "per-person LoRA": time.perf_counter() - started}
+
+
+def evaluate(config: TrainingConfig, hypernetwork: Hypernetwork, console: Console) -> dict:
+    """All rows and seconds."""
+    folder = Path(config.out)
+    data = FolderTasks(config.data, folder, Path(config.base))
+    groups = names_by_shape(hypernetwork)
+    known = LoRAFolder(folder / "loras_training").load(groups, data.training)
+    wanted = LoRAFolder(folder / "loras_held_out").load(groups, data.held_out)
+    people = [person(task.id) for task in wanted.tasks]
+    studio = Studio(Base(Path(config.base)), data.load_denoiser(), people, groups)
+    rows = {}
+    for method in methods(hypernetwork, data, known, wanted):
+        rows[method.name] = studio.measure(method)
+        shown = {key: value for key, value in rows[method.name].items() if isinstance(value, float)}
+        console.print(method.name, {key: round(value, 3) for key, value in shown.items()})
+    return {"people": len(wanted.tasks), "each": EACH, "rows": rows} | {
+        "seconds": seconds(hypernetwork, data, wanted, config)
+    }
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--config", type=Path, default=Path("training/configs/faces_identity.toml"))
+    parser.add_argument("--hypernetwork", type=Path, help="default: the run's")
+    chosen = parser.parse_intermixed_args()
+    config = load_config(chosen.config, chosen.overrides)
+    folder = Path(config.out)
+    torch.set_num_threads(1)
+    network = load_hypernetwork(chosen.hypernetwork or folder / "hypernetwork.safetensors")
+    found = {"identity": evaluate(config, network, Console(stderr=True, highlight=False))}
+    (folder / "evaluation.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
