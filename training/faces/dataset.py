@@ -6,6 +6,7 @@ to learn from. What trains on this folder is what trains on anybody's (docs/DATA
 
 import argparse
 import json
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -22,16 +23,22 @@ REFERENCES = 3
 
 def person_id(identity: world.Identity) -> str:
     """A task's id: the person's place among all."""
-    return f"person-{_PLACES[identity.indices()]:05d}"
+    return f"person-{_places()[identity.indices()]:05d}"
 
 
 def person(task_id: str) -> world.Identity:
     """Whose task it is."""
-    return _EVERYONE[int(task_id.removeprefix("person-"))]
+    return _everyone()[int(task_id.removeprefix("person-"))]
 
 
-_EVERYONE = world.all_identities()
-_PLACES = {identity.indices(): place for place, identity in enumerate(_EVERYONE)}
+@cache
+def _everyone() -> list[world.Identity]:
+    return world.all_identities()
+
+
+@cache
+def _places() -> dict[tuple[int, ...], int]:
+    return {identity.indices(): place for place, identity in enumerate(_everyone())}
 
 
 def write_dataset(out: Path, people: int, judged: int, seed: int = SEED) -> None:
