@@ -17,7 +17,7 @@ from .make import HELD_OUT, SEED
 from .portraits import draw_portraits
 
 PEOPLE, EACH = 1536, 8
-JUDGED, EACH_JUDGED = 32, 12  # held-out people; what their own LoRAs learn from
+JUDGED, EACH_JUDGED = 24, 12  # held-out people; what their own LoRAs learn from
 REFERENCES = 3
 
 

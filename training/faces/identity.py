@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
@@ -31,6 +32,7 @@ from ..judge import predicted_factors
 from ..looks import names_by_shape
 from ..lora_dataset import LoRADataset, LoRAFolder
 from ..lora_factory import train_loras
+from ..miniature.sheets import sheet
 from . import captions, evaluator, world
 from .dataset import person
 from .figures import of_people
@@ -38,7 +40,8 @@ from .model import CHANNELS, LATENT_SIZE, Base, Prompted, sample
 from .portraits import to_pictures
 from .vae import decode
 
-EACH, SCENE_GUIDANCE = 6, 3.0
+EACH, SCENE_GUIDANCE = 4, 3.0
+SHOWN = 3  # people of the picture
 _SEED = 31
 
 
@@ -148,8 +151,27 @@ def seconds(
     return {"LoFA": statistics.median(predicted[1:]), "per-person LoRA": time.perf_counter() - started}
 
 
-def evaluate(config: TrainingConfig, hypernetwork: Hypernetwork, console: Console) -> dict:
-    """All rows and seconds."""
+def shown_people(studio: Studio, data: FolderTasks, wanted: LoRADataset, rows: list[Method]) -> Image.Image:
+    """The first people: the one picture that was given, then what three methods draw in the same scenes."""
+    drawn = {
+        name: next(studio.draw(method, scenes=True) for method in rows if method.name == name)
+        for name in ("base", "LoFA", "per-person LoRA")
+    }
+    strips = []
+    for row in range(SHOWN):
+        given = np.full((world.SIZE, EACH * world.SIZE, 3), 255, np.uint8)
+        # Its task's first picture, which plain_condition takes.
+        given[:, : world.SIZE] = Image.open(Path(data.config.folder) / wanted.tasks[row].id / "00.png")
+        strips.append((f"given: one picture of {wanted.tasks[row]}", given))
+        for name, pictures in drawn.items():
+            strips.append((name, np.concatenate(list(pictures[row * EACH : (row + 1) * EACH]), 1)))
+    return sheet(strips)
+
+
+def evaluate(
+    config: TrainingConfig, hypernetwork: Hypernetwork, console: Console, picture: Path | None = None
+) -> dict:
+    """All rows and seconds; `picture`: where to draw some of the people, if anywhere."""
     folder = Path(config.out)
     data = FolderTasks(config.data, folder, Path(config.base))
     groups = names_by_shape(hypernetwork)
@@ -157,8 +179,11 @@ def evaluate(config: TrainingConfig, hypernetwork: Hypernetwork, console: Consol
     wanted = LoRAFolder(folder / "loras_held_out").load(groups, data.held_out)
     people = [person(task.id) for task in wanted.tasks]
     studio = Studio(Base(Path(config.base)), data.load_denoiser(), people, groups)
-    rows = {}
-    for method in methods(hypernetwork, data, known, wanted):
+    rows, rows_shown = {}, methods(hypernetwork, data, known, wanted)
+    if picture:
+        shown_people(studio, data, wanted, rows_shown).save(picture, optimize=True)
+        console.print(f"wrote {picture}")
+    for method in rows_shown:
         rows[method.name] = studio.measure(method)
         shown = {key: value for key, value in rows[method.name].items() if isinstance(value, float)}
         console.print(method.name, {key: round(value, 3) for key, value in shown.items()})
@@ -175,12 +200,13 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--config", type=Path, default=Path("training/configs/faces_identity.toml"))
     parser.add_argument("--hypernetwork", type=Path, help="default: the run's")
+    parser.add_argument("--sheet", type=Path, help="also draw some of the people into this PNG")
     chosen = parser.parse_intermixed_args()
     config = load_config(chosen.config, chosen.overrides)
     folder = Path(config.out)
     torch.set_num_threads(1)
     network = load_hypernetwork(chosen.hypernetwork or folder / "hypernetwork.safetensors")
-    found = {"identity": evaluate(config, network, Console(stderr=True, highlight=False))}
+    found = {"identity": evaluate(config, network, Console(stderr=True, highlight=False), chosen.sheet)}
     (folder / "evaluation.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
