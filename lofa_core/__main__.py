@@ -1,4 +1,4 @@
-"""The command line: `python -m lofa_core predict | convert | inspect`."""
+"""The command line: `python -m lofa_core predict | convert | inspect | evaluate`."""
 
 import argparse
 import hashlib
@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from . import __version__, miniature
 from .base_models import BaseWeights
 from .checkpoint import load_hypernetwork, save_hypernetwork
+from .command_checks import check_outputs, find_device
 from .console import Parser, complain
 from .heatmap import render
 from .inspection import inspect
@@ -30,6 +31,7 @@ try:
     from rich.table import Table
     from rich.text import Text
 
+    from . import command_evaluate
     from .command_conditions import add_arguments, input_files, read_conditions
 except ImportError as error:  # ComfyUI's Python has no rich
     sys.exit(f"error: the command line needs the package {error.name}: pip install rich pillow")
@@ -113,17 +115,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     inspect_.add_argument("file", type=Path, metavar="FILE", help="a .safetensors file, an index or a folder")
     inspect_.set_defaults(run=_inspect)
+
+    command_evaluate.add_command(commands)
     return parser
 
 
 def _predict(options: argparse.Namespace) -> None:
     hypernetwork_file = options.hypernetwork or miniature.HYPERNETWORK
     base_path = options.base or miniature.FOLDER
-    _check_outputs(
+    check_outputs(
         [(options.out, ".safetensors"), (options.response_out, ".safetensors"), (options.heatmap, ".png")],
         [hypernetwork_file, base_path, *input_files(options)],
     )
-    device = _device(options.device)
+    device = find_device(options.device)
 
     hypernetwork = load_hypernetwork(hypernetwork_file, DTYPES[options.dtype])
     base = BaseWeights.open(base_path)
@@ -161,7 +165,7 @@ def _predict(options: argparse.Namespace) -> None:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    _check_outputs([(options.out, ".safetensors")], [options.stage1, options.stage2])
+    check_outputs([(options.out, ".safetensors")], [options.stage1, options.stage2])
     hypernetwork = load_released(options.stage1, options.stage2, dtype=None)
     save_hypernetwork(
         hypernetwork, options.out, dtype=torch.int8 if options.int8 else None,
@@ -215,42 +219,6 @@ def _inspect(options: argparse.Namespace) -> None:
     for name, words in description.facts:
         table.add_row(Text(name), Text(words))
     console.print(table)
-
-
-def _check_outputs(outputs: Sequence[tuple[Path | None, str]], inputs: Sequence[Path | None]) -> None:
-    """Refuse, before any work, files that could not be written or would overwrite an input.
-
-    `outputs`: (path, the suffix it must have).
-    """
-    taken = {path.resolve() for path in inputs if path is not None}
-    for path, suffix in outputs:
-        if path is None:
-            continue
-        if path.suffix.lower() != suffix:
-            raise ValueError(f"{path}: the name of this output must end in {suffix}.")
-        if not path.parent.is_dir():
-            raise ValueError(f"{path}: the folder {path.parent} does not exist. Make it first.")
-        if path.is_dir():
-            raise ValueError(f"{path}: is a folder. Name a file.")
-        if path.resolve() in taken:
-            raise ValueError(
-                f"{path}: is also another file of this command. Give each output a name of its own."
-            )
-        taken.add(path.resolve())
-
-
-def _device(name: str | None) -> torch.device:
-    """The device of that name; without one, the GPU where there is one. ValueError where it is not there."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"--device {name}: unknown; expected cpu, cuda, cuda:1 or mps.") from error
-    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if (device.index or 0) >= there.get(device.type, 0):
-        raise ValueError(f"--device {name}: this computer has no such device, or this PyTorch cannot use it.")
-    return device
 
 
 def _finite(text: str) -> float:

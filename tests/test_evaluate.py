@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_tasks import ACTIONS, HELD_OUT, Tasks, loras, sized_network
 
+from lofa_core.metrics.distances import frechet_distance
 from training import flow
 from training import judge as module
 from training.config import EvaluationConfig
@@ -15,7 +16,6 @@ from training.denoisers import WanDenoiser
 from training.evaluate import BASELINES, Sharing, added, evaluate, summarise
 from training.judge import Judge, Method, predicted_factors, response_figures
 from training.lora_dataset import LoRADataset
-from training.miniature import evaluator as evaluator_module
 
 SETTINGS = EvaluationConfig(clips_per_task=2, sampling_steps=2, seed=7)
 
@@ -62,7 +62,7 @@ def test_scores_by_hand(judge, monkeypatch):
     assert found["joint"] == pytest.approx(12 / 14) and found["mean_accuracy"] == pytest.approx(25 / 28)
     spread = [abs(features[2 * t, f] - features[2 * t + 1, f]) / 2 for t in range(7) for f in range(3)]
     assert found["diversity"] == pytest.approx(sum(spread) / 21)
-    assert found["frechet"] == evaluator_module.frechet_distance(features, judge.reference)
+    assert found["frechet"] == frechet_distance(features, judge.reference)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The evaluator: what it reads and how it is trained, and the Frechet distance of its features."""
+"""The evaluator: what it reads and how it is trained."""
 
 import numpy as np
 import pytest
@@ -6,32 +6,6 @@ import torch
 
 from training.miniature import evaluator as evaluator_module
 from training.miniature import world
-
-
-def root(matrix):
-    values, vectors = np.linalg.eigh(matrix)
-    return (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
-
-
-def test_the_frechet_distance_is_that_of_two_gaussians():
-    rng = np.random.default_rng(0)
-    a, b = rng.normal(size=(200, 6)) @ rng.normal(size=(6, 6)), 0.5 + 2.0 * rng.normal(size=(90, 6))
-    A, B = np.cov(a.T), np.cov(b.T)
-    inner = root(root(A) @ B @ root(A))  # the symmetric form, by eigenvectors of symmetric matrices alone
-    wanted = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(A + B - 2.0 * inner)
-    found = evaluator_module.frechet_distance(a, b)
-    assert found == pytest.approx(wanted, rel=1e-6)
-    assert evaluator_module.frechet_distance(b, a) == pytest.approx(found, rel=1e-6)
-    assert evaluator_module.frechet_distance(a, a) == pytest.approx(0.0, abs=1e-6)
-    assert evaluator_module.frechet_distance(a, a + 3.0) == pytest.approx(6 * 9.0)
-
-
-def test_the_frechet_distance_takes_fewer_clips_than_features():
-    rng = np.random.default_rng(1)
-    a, b = rng.normal(size=(5, 12)), rng.normal(size=(7, 12))
-    A, B = np.cov(a.T), np.cov(b.T)
-    wanted = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(A + B - 2.0 * root(root(A) @ B @ root(A)))
-    assert evaluator_module.frechet_distance(a, b) == pytest.approx(wanted, rel=1e-4)
 
 
 def test_the_evaluator_reads_each_clip_by_itself_and_comes_back_from_its_file(tmp_path):

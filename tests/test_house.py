@@ -29,15 +29,26 @@ CORE_EXTRAS = {
     "lofa_core/conditions/text.py": {"transformers", "sentencepiece"},
     "lofa_core/conditions/image.py": {"transformers"},
     "lofa_core/conditions/pose_drawing.py": {"cv2"},
+    "lofa_core/command_evaluate.py": {"rich"},
+    "lofa_core/metrics/clips.py": {"cv2"},
+    "lofa_core/metrics/embedders.py": {"transformers"},
+    "lofa_core/metrics/fvd.py": {"cdfvd"},
+    "lofa_core/metrics/motion.py": {"vbench"},
 }
 NODES = CORE | {"comfy_api"}
 HOST = {"comfy", "comfy_extras", "folder_paths", "node_helpers", "nodes", "server", "execution", "aiohttp"}
 # Import name -> the name it is installed by, where they differ.
-INSTALLED_AS = {"cv2": "opencv-python-headless", "PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn"}
-# Used where they are there, and not to be installed by us: torchvision comes with it.
-NOT_OURS = {"controlnet_aux"}
+INSTALLED_AS = {
+    "cv2": "opencv-python-headless",
+    "PIL": "pillow",
+    "cdfvd": "cd-fvd",
+    "yaml": "pyyaml",
+    "sklearn": "scikit-learn",
+}
+# Used where they are there, and not to be installed by us: torchvision comes with it; old pins come with it.
+NOT_OURS = {"controlnet_aux", "vbench"}
 # The extras whose packages a part may import, beside the project's own dependencies.
-EXTRAS_OF = {"lofa_core": ("metrics",), "nodes": (), "training": ("train", "cluster", "pose")}
+EXTRAS_OF = {"lofa_core": ("fvd",), "nodes": (), "training": ("train", "cluster", "pose")}
 
 PARTS = ("lofa_core", "nodes", "training", "tests")
 FILES = [ROOT / "__init__.py", *sorted(file for part in PARTS for file in (ROOT / part).rglob("*.py"))]
@@ -140,7 +151,7 @@ def test_the_version_is_said_once_more_and_the_same():
 def test_the_constraints_pin_what_the_project_names():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["train"], *extras["dev"], *extras["metrics"]]
+    wanted = [*project["dependencies"], *extras["train"], *extras["dev"]]
     pinned = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines()}
     assert {re.split(r"[<>=]", entry)[0] for entry in wanted} <= pinned
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lofa_core.hypernetwork import Hypernetwork
+from lofa_core.metrics.distances import frechet_distance
 from lofa_core.response_map import centred_cosine, cosine
 
 from . import flow
@@ -97,7 +98,7 @@ class Judge:
         figures = {
             "joint": float(right.all(1).mean()),
             "mean_accuracy": float(right.mean()),
-            "frechet": evaluator_module.frechet_distance(features, self.reference),
+            "frechet": frechet_distance(features, self.reference),
             "diversity": float(within),
         }
         if len(self.readers) == 2:

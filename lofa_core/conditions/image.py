@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from .text import quiet
 
 # What CLIP was trained with: its pictures' mean and deviation.
-_MEAN, _DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 class CLIPImageEncoder:
@@ -69,7 +69,7 @@ class CLIPImageEncoder:
             )
         processor = folder / "preprocessor_config.json"
         values = json.loads(processor.read_text(encoding="utf-8")) if processor.is_file() else {}
-        mean, deviation = values.get("image_mean", _MEAN), values.get("image_std", _DEVIATION)
+        mean, deviation = values.get("image_mean", MEAN), values.get("image_std", DEVIATION)
         return cls(model.eval().to(device), model.config.image_size, mean, deviation)
 
     @torch.no_grad()
@@ -85,16 +85,22 @@ class CLIPImageEncoder:
 
     def _prepared(self, picture: np.ndarray) -> Tensor:
         """The middle square, as large as the encoder wants it, normalised; as ComfyUI prepares it."""
-        if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8 or not picture.size:
-            raise ValueError(
-                f"a picture is {picture.dtype} {list(picture.shape)}; expected uint8 [height, width, 3]."
-            )
-        image = torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1).float().unsqueeze(0) / 255.0
-        if image.shape[2:] != (self._size, self._size):
-            scale = self._size / min(image.shape[2:])
-            sizes = [round(scale * side) for side in image.shape[2:]]
-            image = F.interpolate(image, size=sizes, mode="bicubic", antialias=True)
-            top, left = ((side - self._size) // 2 for side in sizes)
-            image = image[:, :, top : top + self._size, left : left + self._size]
-        image = (255.0 * image).clamp(0, 255).round() / 255.0
-        return (image[0] - self._mean) / self._deviation
+        return (middle_square(picture, self._size) - self._mean) / self._deviation
+
+
+def middle_square(picture: np.ndarray, size: int, shorter: int | None = None) -> Tensor:
+    """The middle of a picture uint8 [H, W, 3], its shorter side first made `shorter` (default: `size`) pixels
+    long, bicubically: [3, size, size] in 0..1, in steps of 1/255. ValueError for anything else.
+    """
+    if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8 or not picture.size:
+        raise ValueError(
+            f"a picture is {picture.dtype} {list(picture.shape)}; expected uint8 [height, width, 3]."
+        )
+    image = torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1).float().unsqueeze(0) / 255.0
+    if image.shape[2:] != (size, size) or shorter not in (None, size):
+        scale = (shorter or size) / min(image.shape[2:])
+        sizes = [round(scale * side) for side in image.shape[2:]]
+        image = F.interpolate(image, size=sizes, mode="bicubic", antialias=True)
+        top, left = ((side - size) // 2 for side in sizes)
+        image = image[:, :, top : top + size, left : left + size]
+    return ((255.0 * image).clamp(0, 255).round() / 255.0)[0]

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..miniature.evaluator import frechet_distance
 from . import world
 from .portraits import Portraits, to_pixels
 
@@ -23,7 +22,6 @@ __all__ = [
     "Evaluator",
     "Reading",
     "diversity",
-    "frechet_distance",
     "identity_similarity",
     "load",
     "save",

@@ -7,9 +7,11 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from lofa_core.metrics.distances import frechet_distance
+
 from . import captions, world
 from .data import coarse, latents_of
-from .evaluator import Evaluator, diversity, frechet_distance, identity_similarity
+from .evaluator import Evaluator, diversity, identity_similarity
 from .model import Base, image_states
 from .portraits import Portraits, draw_portraits, to_pictures, to_pixels
 from .vae import decode, psnr

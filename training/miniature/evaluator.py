@@ -129,16 +129,6 @@ def roughen(frames: torch.Tensor) -> torch.Tensor:
     return frames * gain + offset + 0.08 * torch.rand(size, 1, 1, 1, 1) * torch.randn_like(frames)
 
 
-def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Frechet distance between Gaussians fitted to features [N, d] and [M, d]."""
-    covariance_a, covariance_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    # The trace of the square root of the product equals the sum of the roots of its eigenvalues, which are
-    # real.
-    roots = np.sqrt(np.clip(np.linalg.eigvals(covariance_a @ covariance_b).real, 0.0, None))
-    gap = a.mean(0) - b.mean(0)
-    return float(gap @ gap + np.trace(covariance_a) + np.trace(covariance_b) - 2.0 * roots.sum())
-
-
 def save(model: Evaluator, path: Path) -> None:
     """Half precision: it only has to be read by `load`."""
     save_file({k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}, path)
