@@ -80,7 +80,8 @@ def run(options: argparse.Namespace) -> None:
     output = Console(soft_wrap=True, highlight=False)
     videos, unreadable = read_folder(options.videos)
     references, unreadable_references = read_folder(options.reference) if options.reference else ([], {})
-    prompts, unknown = None, []
+    prompts: dict[str, str] | None = None
+    unknown: list[str] = []
     if options.prompts:
         prompts, unknown = read_prompts(
             options.prompts, sorted([*unreadable, *(video.name for video in videos)])

@@ -1,7 +1,6 @@
 """The evaluator: what it reads and how it is trained."""
 
 import numpy as np
-import pytest
 import torch
 
 from training.miniature import evaluator as evaluator_module

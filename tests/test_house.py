@@ -39,11 +39,11 @@ NODES = CORE | {"comfy_api"}
 HOST = {"comfy", "comfy_extras", "folder_paths", "node_helpers", "nodes", "server", "execution", "aiohttp"}
 # Import name -> the name it is installed by, where they differ.
 INSTALLED_AS = {
+    "cdfvd": "cd-fvd",
     "cv2": "opencv-python-headless",
     "PIL": "pillow",
-    "cdfvd": "cd-fvd",
-    "yaml": "pyyaml",
     "sklearn": "scikit-learn",
+    "yaml": "pyyaml",
 }
 # Used where they are there, and not to be installed by us: torchvision comes with it; old pins come with it.
 NOT_OURS = {"controlnet_aux", "vbench"}

@@ -19,11 +19,11 @@ def frechet_distance(a: np.ndarray, b: np.ndarray, *, ddof: int = 1) -> float:
             f"a Frechet distance of features {list(a.shape)} and {list(b.shape)}: expected [N, d] and [M, d] "
             "with N and M 2 or more."
         )
-    roots = []
+    roots: list[np.ndarray] = []
     for features in (a, b):
         centred = (features - features.mean(0)) / np.sqrt(len(features) - ddof)
         # R of the covariance R' R: small where there are more rows than features, or fewer.
-        roots.append(np.linalg.qr(centred, mode="r"))
+        roots.append(np.asarray(np.linalg.qr(centred, mode="r")))
     # With A = Ra' Ra and B = Rb' Rb, the trace of the root of A B is the sum of the singular values of
     # Ra Rb': no root of a matrix that is nearly singular, as covariances of few videos are.
     shared = np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()

@@ -99,9 +99,8 @@ class _Residual(nn.Module):
         super().__init__()
         self.conv1, self.norm1 = nn.Conv2d(width, out, 3, stride, 1), norm(out)
         self.conv2, self.norm2 = nn.Conv2d(out, out, 3, 1, 1), norm(out)
-        self.downsample = nn.Identity()
-        if stride > 1:
-            self.downsample = nn.Sequential(nn.Conv2d(width, out, 1, stride), norm(out))
+        halved = [nn.Conv2d(width, out, 1, stride), norm(out)] if stride > 1 else []
+        self.downsample = nn.Sequential(*halved)
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.norm1(self.conv1(x)))

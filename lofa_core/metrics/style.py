@@ -26,15 +26,16 @@ class StyleTower(nn.Module):
         self.class_embedding = nn.Parameter(torch.zeros(width))
         self.positional_embedding = nn.Parameter(torch.zeros(tokens, width))
         self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.transformer = nn.ModuleDict({"resblocks": nn.ModuleList(_Block(width) for _ in range(layers))})
+        self.transformer = nn.ModuleDict(
+            {"resblocks": nn.Sequential(*(_Block(width) for _ in range(layers)))}
+        )
         self.last_layer_style = nn.Parameter(torch.zeros(width, out))
 
     def forward(self, pictures: Tensor) -> Tensor:
         patches = self.conv1(pictures).flatten(2).transpose(1, 2)
         first = self.class_embedding.expand(len(patches), 1, -1)
         tokens = self.ln_pre(torch.cat([first, patches], 1) + self.positional_embedding)
-        for block in self.transformer["resblocks"]:
-            tokens = block(tokens)
+        tokens = self.transformer["resblocks"](tokens)
         return self.ln_post(tokens[:, 0]) @ self.last_layer_style
 
 

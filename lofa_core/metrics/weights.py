@@ -34,7 +34,8 @@ class Weights:
 
     def __init__(self, paths: Mapping[str, Path], device: torch.device | str = "cpu"):
         self.device = torch.device(device)
-        self._paths, self._opened = dict(paths), {}
+        self._paths = dict(paths)
+        self._opened: dict[tuple[str, ...], Any] = {}
 
     def missing(self, names: tuple[str, ...]) -> str | None:
         """Why a metric that needs these weights cannot run; None where they are all there."""
