@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from small_onnx import write_detector, write_recogniser
 from small_videos import square
 from torch.nn import functional as F
 
@@ -76,6 +77,23 @@ def test_frames_without_a_face_count_for_nothing():
     embedder._finder.largest = lambda frame: None
     with pytest.raises(ValueError, match="no face in 2 frames"):
         embedder.frames(frames)
+
+
+def test_opencvs_own_classes_find_and_compare_faces(tmp_path):
+    """Bright squares are the faces, their colours the identities."""
+    yunet, sface = write_detector(tmp_path / "yunet.onnx"), write_recogniser(tmp_path / "sface.onnx")
+    pink, yellow = (255, 225, 250), (255, 255, 220)
+    frames = np.zeros((3, 96, 160, 3), np.uint8)
+    frames[0, 32:64, 64:96] = pink
+    frames[1, 64:96, 0:32] = yellow
+    found = FaceFinder.open(yunet, CPU)
+    assert found.largest(frames[0])[:4] == pytest.approx([64, 32, 32, 32])
+    assert (found.crop(frames[0]) == pink).all() and (found.crop(frames[1]) == yellow).all()
+    assert found.crop(frames[2]) is None
+    features = FaceEmbedder.open(yunet, sface, CPU).frames(frames)
+    assert np.isnan(features[2]).all()
+    for feature, colour in zip(features, (pink, yellow), strict=False):
+        assert feature / feature.max() == pytest.approx(np.array(colour) / 255, abs=0.02)  # red first
 
 
 def test_files_that_are_no_networks_are_named(tmp_path):
