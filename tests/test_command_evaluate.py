@@ -1,6 +1,7 @@
 """`python -m lofa_core evaluate`: what is measured, skipped and left out, and what is said of it."""
 
 import json
+import pickle
 import sys
 import types
 
@@ -249,6 +250,8 @@ class CDFVD:
 
     def __init__(self, model, n_real, n_fake, ckpt_path, compute_feats, device):
         assert model in ("i3d", "videomae") and n_fake == n_real == "full" and compute_feats
+        if ckpt_path.endswith("damaged.pt"):
+            raise pickle.UnpicklingError("no pickle")
         self.seen, self.fake_stats = [], None
         CDFVD.last = self, model, ckpt_path
         sys.stdout.write("Loading the model\n")
@@ -299,6 +302,17 @@ def test_fvd_compares_all_videos_with_all_references(tmp_path, package, capsys):
     assert CDFVD.last[1] == "videomae"
     few = measured("fvd", material(generated, real[:1], weights={"i3d": tmp_path / "i3d.pt"}.items()))
     assert few.value is None and "9 videos and 1 references" in few.left_out
+
+
+def test_damaged_weights_leave_out_their_metric_alone(tmp_path, package):
+    (tmp_path / "damaged.pt").write_bytes(b"")
+    for side in ("out", "real"):
+        for number in range(2):
+            write_video(tmp_path / side / f"{number}.avi", square(16))
+    given = material(*folders(tmp_path), weights={"i3d": tmp_path / "damaged.pt"}.items())
+    result = measured("fvd", given)
+    assert "damaged.pt: not the weights of i3d that cd-fvd takes (no pickle)" in result.left_out
+    assert measured("dynamic_degree_dis", given).value is not None
 
 
 def test_a_missing_package_is_named(tmp_path):

@@ -5,6 +5,7 @@ with, or VideoMAE's, which look more at motion. Covariances are over N, as in cd
 """
 
 import contextlib
+import pickle
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -33,8 +34,8 @@ class VideoFeatures:
         file is not that network's."""
         try:
             from cdfvd.fvd import cdfvd
-        except ImportError as error:
-            raise ValueError(f"the package cd-fvd cannot be imported: {error.name} is missing.") from error
+        except (ImportError, RuntimeError) as error:  # a torchvision that does not fit torch is the second
+            raise ValueError(f"the package cd-fvd cannot be imported ({error}).") from error
         try:
             with contextlib.redirect_stdout(sys.stderr):
                 # It would download what is not there; that the file is there was seen before.
@@ -46,7 +47,7 @@ class VideoFeatures:
                     compute_feats=True,
                     device=str(device),
                 )
-        except (RuntimeError, KeyError, EOFError) as error:
+        except (RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
             raise ValueError(f"{path}: not the weights of {network} that cd-fvd takes ({error}).") from error
         return cls(evaluator)
 

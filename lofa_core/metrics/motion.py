@@ -7,6 +7,7 @@ paper does not say.
 """
 
 import contextlib
+import pickle
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
@@ -117,14 +118,17 @@ class VBenchSmoothness:
         try:
             import vbench
             from vbench.motion_smoothness import MotionSmoothness
-        except ImportError as error:
+        except (ImportError, RuntimeError) as error:  # a torchvision that does not fit torch is the second
             raise ValueError(
-                f"the package vbench cannot be imported: {error.name} is missing. It pins other versions "
-                "of packages than LoFA: give it an environment of its own."
+                f"the package vbench cannot be imported ({error}). It pins other versions of packages than "
+                "LoFA: give it an environment of its own."
             ) from error
         settings = Path(vbench.__file__).with_name("third_party") / "amt" / "cfgs" / "AMT-S.yaml"
-        with contextlib.redirect_stdout(sys.stderr):
-            return cls(MotionSmoothness(str(settings), str(path), device.type))
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                return cls(MotionSmoothness(str(settings), str(path), device.type))
+        except (RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{path}: not the weights of AMT-S ({error}).") from error
 
     def __call__(self, clip: Clip) -> float:
         """ValueError for fewer than three frames."""
