@@ -31,7 +31,7 @@ ALWAYS: Window = (0.0, 1.0)
 
 @dataclass(frozen=True)
 class HybridGuidance:
-    """w_base and w_subject, each with its window [start, end) of sampling, whose steps begin at 0 and end at 1.
+    """w_base and w_subject, each with its window [start, end) of sampling: 0 is its beginning, 1 its end.
 
     w_subject = 0 is plain CFG on the base model; w_subject = w_base is asymmetric CFG, with the LoRA on the
     positive pass only. Outside its window a weight does nothing: w_base is then 1 (the prompt, unguided) and

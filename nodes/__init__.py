@@ -11,6 +11,7 @@ from .conditions import (
     EncodeText,
     TextCondition,
 )
+from .guidance import HMCFG, HMCFGGuider
 from .load import LoadHypernetwork, LoadMiniature, MiniatureExample
 from .lora import SaveLoRA
 from .predict import PredictLoRA, PredictResponse
@@ -37,5 +38,7 @@ class LoFAExtension(ComfyExtension):
             PredictResponse,
             PredictLoRA,
             SaveLoRA,
+            HMCFGGuider,
+            HMCFG,
             ResponseHeatmap,
         ]

@@ -1,4 +1,4 @@
-"""Everything that touches ComfyUI's internals; no other file of the pack imports them."""
+"""What touches ComfyUI's internals; no other file of the pack but host_guidance.py imports them."""
 
 import json
 import logging

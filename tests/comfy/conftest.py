@@ -54,10 +54,9 @@ class Installation:
         kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
         return {"OMP_NUM_THREADS": "2", **kept}
 
-    def inspect(self, prompt: str, encoding: Path) -> dict:
-        """Run in_comfyui.py with ComfyUI's Python; what it saw."""
-        script = Path(__file__).with_name("in_comfyui.py")
-        command = [self.python, script, self.path, ROOT, prompt, encoding]
+    def inspect(self, prompt: str = "", encoding: Path = Path(), script: str = "in_comfyui.py") -> dict:
+        """Run a script of this folder with ComfyUI's Python; what it saw."""
+        command = [self.python, Path(__file__).with_name(script), self.path, ROOT, prompt, encoding]
         done = subprocess.run(
             [str(part) for part in command],
             capture_output=True,

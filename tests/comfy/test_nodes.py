@@ -27,6 +27,8 @@ NODE_IDS = {
     "LoFAPredictResponse",
     "LoFAPredictLoRA",
     "LoFASaveLoRA",
+    "LoFAHMCFGGuider",
+    "LoFAHMCFG",
     "LoFAResponseHeatmap",
 }
 WORKFLOWS = {path.stem for path in (ROOT / "workflows").glob("*.json")}
