@@ -14,7 +14,7 @@ from lofa_core.lora import LoRA, LoRALayer
 from lofa_core.lora_files import save_lora
 from training import backbones
 from training.denoisers import SDXLDenoiser, WanDenoiser
-from training.guidance import sample
+from training.guidance import _as_rows, sample
 
 PROMPT, NEGATIVE, STEPS = "a person waves", "a person jumps", 4
 STRENGTH = 0.7  # of the LoRA: what is reset is not 1
@@ -196,6 +196,13 @@ def test_several_pictures_of_one_prompt(family, noise):
     guidance = HybridGuidance(4.0, 2.5)
     one = {"prompt": PROMPT, "negative_prompt": NEGATIVE, count: 2}
     assert torch.allclose(ours(family, noise, guidance, **one), ours(family, noise, guidance), atol=1e-4)
+
+
+def test_each_negative_stands_beside_the_pictures_of_its_own_prompt():
+    negative = torch.tensor([[1.0], [2.0]])
+    assert _as_rows({"states": torch.zeros(4, 1)}, "states", negative)["states"].tolist() == [
+        [1.0], [1.0], [2.0], [2.0]
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

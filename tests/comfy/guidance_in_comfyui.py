@@ -223,7 +223,7 @@ def refusals(bases) -> dict:
     key = next(iter(wan.lora)).removesuffix("_A.weight")
     dora = wan.lora | {f"{key.removesuffix('.lora')}.dora_scale": torch.ones(96, 1)}
     full = wan.lora | {"diffusion_model.blocks.0.self_attn.q.diff": torch.zeros(96, 96)}
-    wide = {name: torch.cat([tensor, tensor], "_A." in name) for name, tensor in wan.lora.items()}
+    wide = {name: torch.cat([tensor, tensor], int("_A." in name)) for name, tensor in wan.lora.items()}
 
     def with_lora(lora):
         from lofa_pack.lofa_core.guidance import HybridGuidance

@@ -1,4 +1,4 @@
-"""HM-CFG in the real ComfyUI: right as two separately loaded models say what is right, and gone afterwards."""
+"""HM-CFG in the real ComfyUI: right where two separately loaded models say so, and gone afterwards."""
 
 import pytest
 from test_nodes import frames, predict_lora, sample
