@@ -5,8 +5,6 @@ from test_nodes import frames, predict_lora, sample
 
 CLOSE = 1e-4  # of the largest value; the truth adds the LoRA to float32 weights, the bypass to activations
 FAMILIES = ["wan", "sdxl"]
-# Their steps are as long as differences in the last digits make them.
-ADAPTIVE = {"dpm_adaptive"}
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +19,7 @@ def test_every_core_sampler_gives_what_two_models_give(seen):
         (family, name): distance
         for family, row in found.items()
         for name, distance in row.items()
-        if not distance < (0.01 if name in ADAPTIVE else CLOSE)
+        if not distance < CLOSE
     }
     assert far == {}
 
