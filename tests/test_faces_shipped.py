@@ -12,7 +12,6 @@ from training.faces.model import Base
 from training.faces.portraits import draw_portraits
 
 FOLDER = make.DEFAULT
-pytestmark = pytest.mark.skipif(not (FOLDER / "unet").exists(), reason="the second miniature is not made yet")
 
 
 @pytest.fixture(scope="module")
