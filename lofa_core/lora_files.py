@@ -74,6 +74,30 @@ def from_state_dict(state: Mapping[str, Tensor], metadata: Mapping[str, str] | N
     return LoRA({name: _layer(name, parts) for name, parts in found.items()}, dict(metadata or {}))
 
 
+def of_target_layers(
+    state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> tuple[LoRA, tuple[str, ...]]:
+    """(the LoRA of the target layers, the keys of everything else) in a state dict of any layout: people's
+    LoRAs often change feed-forward layers and text encoders too.
+
+    Raises ValueError where no target layer is among them, and as `from_state_dict`.
+    """
+    kept, others = {}, []
+    for key, tensor in state.items():
+        known = any(key.endswith(suffix) for suffix in SUFFIXES) and canonical_name(_split(key)[0])
+        if known:
+            kept[key] = tensor
+        else:
+            others.append(key)
+    if not kept:
+        first = f" (first {others[0]})" if others else ""
+        raise ValueError(
+            f"None of these {len(state)} tensors{first} belongs to a LoRA of the attention (q, k, v, o) of "
+            "WAN2.1 or of SDXL's UNet. LoHa, LoKr and full differences are not read."
+        )
+    return from_state_dict(kept, metadata), tuple(others)
+
+
 def _split(key: str) -> tuple[str, str]:
     """Key -> (module name, "A", "B" or "alpha")."""
     for suffix, part in SUFFIXES.items():

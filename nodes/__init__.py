@@ -13,7 +13,7 @@ from .conditions import (
 )
 from .guidance import HMCFG, HMCFGGuider
 from .load import LoadHypernetwork, LoadMiniature, MiniatureExample
-from .lora import SaveLoRA
+from .lora import BlendLoRAs, ResponseFromLoRA, SaveLoRA
 from .predict import PredictLoRA, PredictResponse
 from .view import ResponseHeatmap
 
@@ -38,6 +38,8 @@ class LoFAExtension(ComfyExtension):
             PredictResponse,
             PredictLoRA,
             SaveLoRA,
+            BlendLoRAs,
+            ResponseFromLoRA,
             HMCFGGuider,
             HMCFG,
             ResponseHeatmap,

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 # Files
 
 FOLDER = "lofa"  # models/lofa, also in extra_model_paths.yaml
-EMBEDDED_HYPERNETWORK = "miniature (text)"
+EMBEDDED_HYPERNETWORK = "miniature"
 NO_STAGE2 = "none"
 
 
@@ -56,6 +56,16 @@ def hypernetwork_files(name: str, stage2: str = NO_STAGE2) -> list[Path]:
         return [miniature.HYPERNETWORK]
     names = [name] if stage2 == NO_STAGE2 else [name, stage2]
     return [Path(folder_paths.get_full_path_or_raise(FOLDER, file)) for file in names]
+
+
+def lora_names() -> list[str]:
+    """The LoRA files that ComfyUI knows."""
+    return folder_paths.get_filename_list("loras")
+
+
+def lora_file(name: str) -> Path:
+    """The file behind one of `lora_names()`."""
+    return Path(folder_paths.get_full_path_or_raise("loras", name))
 
 
 def file_state(paths: Sequence[Path]) -> list[tuple[str, int, int]]:

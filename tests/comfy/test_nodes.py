@@ -27,6 +27,8 @@ NODE_IDS = {
     "LoFAPredictResponse",
     "LoFAPredictLoRA",
     "LoFASaveLoRA",
+    "LoFABlendLoRAs",
+    "LoFAResponseFromLoRA",
     "LoFAHMCFGGuider",
     "LoFAHMCFG",
     "LoFAResponseHeatmap",
@@ -39,7 +41,7 @@ def predict_lora(strength: float = 1.0, text: str = FINE) -> dict:
     """API form of the common start: the miniature (node 1), and a LoRA predicted for it (node 4)."""
     return {
         "1": {"class_type": "LoFALoadMiniature", "inputs": {}},
-        "2": {"class_type": "LoFALoadHypernetwork", "inputs": {"hypernetwork": "miniature (text)"}},
+        "2": {"class_type": "LoFALoadHypernetwork", "inputs": {"hypernetwork": "miniature"}},
         "3": {
             "class_type": "LoFAEncodeText",
             "inputs": {"hypernetwork": ["2", 0], "clip": ["1", 1], "text": text},
@@ -266,7 +268,7 @@ def test_hypernetwork_file_in_models_lofa_is_offered(server):
     ]
     pair = ["stage1_preview.pth", "stage2_preview.pth"]
     assert offered == [
-        ["miniature (text)", "all_kinds.safetensors", "mine.safetensors", *pair],
+        ["miniature", "all_kinds.safetensors", "mine.safetensors", *pair],
         ["none", *pair],
     ]
     prompt = predict_lora()
