@@ -14,6 +14,7 @@ from .conditions import (
 from .guidance import HMCFG, HMCFGGuider
 from .load import LoadHypernetwork, LoadMiniature, MiniatureExample
 from .lora import BlendLoRAs, ResponseFromLoRA, SaveLoRA
+from .personalize import Personalize
 from .predict import PredictLoRA, PredictResponse
 from .view import ResponseHeatmap
 
@@ -35,6 +36,7 @@ class LoFAExtension(ComfyExtension):
             EncodeStyle,
             EncodeIdentity,
             CombineConditions,
+            Personalize,
             PredictResponse,
             PredictLoRA,
             SaveLoRA,

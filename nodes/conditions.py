@@ -1,5 +1,7 @@
 """Conditions: what the artist wants, encoded as a token sequence."""
 
+from collections.abc import Sequence
+
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -48,9 +50,7 @@ class EncodeText(io.ComfyNode):
 
     @classmethod
     def execute(cls, hypernetwork, clip, text) -> io.NodeOutput:
-        known = _known(hypernetwork, "text")
-        check_prompt(text, known.words)
-        return io.NodeOutput(_tokens(hypernetwork, "text", host.encode_text(clip, text), "CLIP", text))
+        return io.NodeOutput(text_condition(hypernetwork, clip, text))
 
 
 class TextCondition(io.ComfyNode):
@@ -116,16 +116,9 @@ class EncodePose(io.ComfyNode):
 
     @classmethod
     def execute(cls, hypernetwork, keypoints=None, skeletons=None) -> io.NodeOutput:
-        known = _known(hypernetwork, "pose")
-        if (keypoints is None) == (skeletons is None):
-            raise ValueError("Connect either keypoints or skeletons: this node reads one of them.")
-        if keypoints is not None:
-            clip = pose_from_keypoints(keypoints, *known.size)
-        else:
-            clip = resample_frames(skeletons[..., :3], *known.size)
-        words = f"{len(keypoints if skeletons is None else skeletons)} frames"
-        shown = clip[0].permute(1, 2, 3, 0)  # [T, H, W, 3]
-        return io.NodeOutput(Condition({"pose": Given(clip)}, {"pose": words}), shown)
+        condition = pose_condition(hypernetwork, keypoints, skeletons)
+        shown = condition.given["pose"].values[0].permute(1, 2, 3, 0)  # [T, H, W, 3]
+        return io.NodeOutput(condition, shown)
 
 
 class EncodeStyle(io.ComfyNode):
@@ -142,7 +135,7 @@ class EncodeStyle(io.ComfyNode):
 
     @classmethod
     def execute(cls, hypernetwork, clip_vision_output) -> io.NodeOutput:
-        return _pictures(hypernetwork, "style", clip_vision_output)
+        return io.NodeOutput(picture_condition(hypernetwork, "style", clip_vision_output))
 
 
 class EncodeIdentity(io.ComfyNode):
@@ -160,7 +153,7 @@ class EncodeIdentity(io.ComfyNode):
 
     @classmethod
     def execute(cls, hypernetwork, clip_vision_output) -> io.NodeOutput:
-        return _pictures(hypernetwork, "identity", clip_vision_output)
+        return io.NodeOutput(picture_condition(hypernetwork, "identity", clip_vision_output))
 
 
 class CombineConditions(io.ComfyNode):
@@ -192,18 +185,7 @@ class CombineConditions(io.ComfyNode):
 
     @classmethod
     def execute(cls, first, second, first_strength, second_strength) -> io.NodeOutput:
-        twice = [kind for kind in first.given if kind in second.given]
-        if twice:
-            raise ValueError(
-                f"Both conditions hold {twice[0]}: combine different kinds. Several pictures go into one "
-                "Encode node, as a batch."
-            )
-        weighed = {
-            kind: weakened(given, strength)
-            for condition, strength in ((first, first_strength), (second, second_strength))
-            for kind, given in condition.given.items()
-        }
-        return io.NodeOutput(Condition(weighed, {**first.words, **second.words}))
+        return io.NodeOutput(combined([(first, first_strength), (second, second_strength)]))
 
 
 def _output() -> io.Output:
@@ -231,11 +213,47 @@ def _picture_schema(node_id: str, name: str, description: str, aliases: list[str
     )
 
 
-def _pictures(hypernetwork, kind: str, seen) -> io.NodeOutput:
+def combined(parts: Sequence[tuple[Condition, float]]) -> Condition:
+    """Conditions of different kinds as one, each with its strength."""
+    given: dict[str, Given] = {}
+    words: dict[str, str] = {}
+    for condition, strength in parts:
+        for kind in condition.given:
+            if kind in given:
+                raise ValueError(
+                    f"Both conditions hold {kind}: combine different kinds. Several pictures go into one "
+                    "Encode node, as a batch."
+                )
+            given[kind] = weakened(condition.given[kind], strength)
+        words |= condition.words
+    return Condition(given, words)
+
+
+def text_condition(hypernetwork, clip, text: str) -> Condition:
+    """A sentence through the base model's text encoder, its words checked."""
+    check_prompt(text, _known(hypernetwork, "text").words)
+    return _tokens(hypernetwork, "text", host.encode_text(clip, text), "CLIP", text)
+
+
+def pose_condition(hypernetwork, keypoints=None, skeletons=None) -> Condition:
+    """POSE_KEYPOINT, or an IMAGE batch of skeletons that are drawn already."""
+    known = _known(hypernetwork, "pose")
+    if (keypoints is None) == (skeletons is None):
+        raise ValueError("Connect either keypoints or skeletons: this node reads one of them.")
+    if keypoints is not None:
+        clip = pose_from_keypoints(keypoints, *known.size)
+    else:
+        clip = resample_frames(skeletons[..., :3], *known.size)
+    words = f"{len(keypoints if skeletons is None else skeletons)} frames"
+    return Condition({"pose": Given(clip)}, {"pose": words})
+
+
+def picture_condition(hypernetwork, kind: str, seen) -> Condition:
+    """Pictures of a style or a face, as CLIP_VISION_OUTPUT."""
     states = host.image_states(seen)
     words = f"{len(states)} pictures" if len(states) > 1 else "1 picture"
     tokens = states.flatten(0, 1).unsqueeze(0)
-    return io.NodeOutput(_tokens(hypernetwork, kind, tokens, "CLIP_VISION_OUTPUT", words))
+    return _tokens(hypernetwork, kind, tokens, "CLIP_VISION_OUTPUT", words)
 
 
 def _known(hypernetwork, kind: str) -> ConditionDescription:

@@ -5,7 +5,14 @@ from comfy_api.latest import io
 from ..lofa_core.lora_files import to_state_dict
 from ..lofa_core.prediction import check_conditions, predict, predict_response
 from . import host
-from .sockets import CATEGORY, ConditionSocket, HypernetworkSocket, LoRAState, ResponseSocket
+from .sockets import (
+    CATEGORY,
+    Condition,
+    ConditionSocket,
+    HypernetworkSocket,
+    LoRAState,
+    ResponseSocket,
+)
 
 WORKING_MEMORY = 2 * 2**30  # bytes beside the weights, for one batch of layers
 
@@ -37,6 +44,47 @@ def _predict(run, hypernetwork, model, condition):
         dtype=dtype,
         progress=host.progress(),
         check_cancelled=host.check_cancelled,
+    )
+
+
+def personalised(hypernetwork, model, condition: Condition, strength: float, node_id: str) -> tuple:
+    """(LORA_MODEL, MODEL with it applied, LOFA_RESPONSE); says below the node what came out."""
+    prediction = _predict(predict, hypernetwork, model, condition)
+    metadata = dict(prediction.lora.metadata)
+    for kind, words in condition.words.items():
+        if words:
+            metadata["lofa_prompt" if kind == "text" else f"lofa_{kind}"] = words
+    lora = LoRAState(to_state_dict(prediction.lora), metadata)
+    layers = len(prediction.lora)
+    applied = host.apply_lora(model, lora, layers, strength)
+    report = f"{layers} of {layers} layers matched, predicted in {prediction.seconds:.2f} s"
+    if quantisation := host.quantisation(model, f"diffusion_model.{next(iter(prediction.lora))}.weight"):
+        report += f"; the model's weights are {quantisation} and were dequantised for it"
+    host.show_text(node_id, report)
+    return lora, applied, prediction.responses
+
+
+def lora_outputs() -> list[io.Output]:
+    """What `personalised` gives."""
+    return [
+        io.LoraModel.Output(display_name="lora", tooltip="For Save LoRA, or core's own LORA_MODEL nodes."),
+        io.Model.Output(display_name="model", tooltip="The model with the LoRA applied; sample with it."),
+        ResponseSocket.Output(
+            display_name="response", tooltip="Which weights are predicted to change, for the heatmap."
+        ),
+    ]
+
+
+def strength_input() -> io.Input:
+    """How strongly the LoRA is applied to the MODEL output."""
+    return io.Float.Input(
+        "strength",
+        default=1.0,
+        min=-10.0,
+        max=10.0,
+        step=0.05,
+        tooltip="How strongly the LoRA is applied to the model output here. The LoRA output itself is not "
+        "scaled. 1.0 is what was trained; 0 leaves the model as it is.",
     )
 
 
@@ -79,44 +127,12 @@ class PredictLoRA(io.ComfyNode):
             search_aliases=["lofa", "text to lora", "personalize", "personalise", "generate lora"],
             inputs=[
                 *_inputs(),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=-10.0,
-                    max=10.0,
-                    step=0.05,
-                    tooltip="How strongly the LoRA is applied to the model output here. The LoRA output "
-                    "itself is not scaled. 1.0 is what was trained; 0 leaves the model as it is.",
-                ),
+                strength_input(),
             ],
-            outputs=[
-                io.LoraModel.Output(
-                    display_name="lora",
-                    tooltip="For Save LoRA, or core's own LORA_MODEL nodes.",
-                ),
-                io.Model.Output(
-                    display_name="model", tooltip="The model with the LoRA applied; sample with it."
-                ),
-                ResponseSocket.Output(
-                    display_name="response",
-                    tooltip="Which weights are predicted to change, for the heatmap.",
-                ),
-            ],
+            outputs=lora_outputs(),
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, hypernetwork, model, condition, strength) -> io.NodeOutput:
-        prediction = _predict(predict, hypernetwork, model, condition)
-        metadata = dict(prediction.lora.metadata)
-        for kind, words in condition.words.items():
-            if words:
-                metadata["lofa_prompt" if kind == "text" else f"lofa_{kind}"] = words
-        lora = LoRAState(to_state_dict(prediction.lora), metadata)
-        layers = len(prediction.lora)
-        personalised = host.apply_lora(model, lora, layers, strength)
-        report = f"{layers} of {layers} layers matched, predicted in {prediction.seconds:.2f} s"
-        if quantisation := host.quantisation(model, f"diffusion_model.{next(iter(prediction.lora))}.weight"):
-            report += f"; the model's weights are {quantisation} and were dequantised for it"
-        host.show_text(cls.hidden.unique_id, report)
-        return io.NodeOutput(lora, personalised, prediction.responses)
+        return io.NodeOutput(*personalised(hypernetwork, model, condition, strength, cls.hidden.unique_id))

@@ -133,10 +133,10 @@ def test_what_does_not_go_together_is_an_error_that_helps(server, nodes, said):
     assert said in server.fail(start() | nodes | seen(max(nodes), 20))
 
 
-def test_a_network_for_text_says_that_it_does_not_know_pose(server):
-    assert "conditioned on text, not on pose" in server.fail(
-        start("miniature (text)") | {"5": POSE} | seen("5", 20)
-    )
+def test_a_network_says_which_kind_it_does_not_know(server):
+    face = STYLE | {"class_type": "LoFAEncodeIdentity"}
+    said = server.fail(start("miniature") | {"5": face} | seen("5", 20))
+    assert "conditioned on text and pose and style, not on identity" in said
 
 
 def full_size_workflow(server, name: str) -> dict:

@@ -26,6 +26,7 @@ NODE_IDS = {
     "LoFATextCondition",
     "LoFAPredictResponse",
     "LoFAPredictLoRA",
+    "LoFAPersonalize",
     "LoFASaveLoRA",
     "LoFABlendLoRAs",
     "LoFAResponseFromLoRA",
@@ -106,7 +107,7 @@ def test_every_node_is_registered_and_explains_itself(server):
     for name in NODE_IDS:
         node = nodes[name]
         assert node["category"] == "LoFA" and node["description"] and node["search_aliases"]
-        assert node["display_name"].endswith("(LoFA)")
+        assert "LoFA" in node["display_name"]
         inputs = {**node["input"].get("required", {}), **node["input"].get("optional", {})}
         assert all(options["tooltip"] for _, options in inputs.values()), name
         assert all(node["output_tooltips"]), name
@@ -258,7 +259,7 @@ def test_model_of_another_base_is_refused(server):
 
 def test_hypernetwork_file_in_models_lofa_is_offered(server):
     folder = server.data / "models/lofa"
-    embedded = ROOT / "lofa_core/miniature/lofa_miniature_text.safetensors"
+    embedded = ROOT / "lofa_core/miniature/lofa_miniature.safetensors"
     (folder / "mine.safetensors").symlink_to(embedded)
     (folder / "notes.txt").write_text("not a hypernetwork")
     inputs = server.json("/object_info/LoFALoadHypernetwork")["LoFALoadHypernetwork"]["input"]

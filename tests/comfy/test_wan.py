@@ -70,7 +70,7 @@ def test_the_wan_workflow_is_as_published_and_offers_its_downloads():
     [
         ("stage1_preview.pth", "none", "Choose stage2_preview.pth as stage2"),
         ("stage2_preview.pth", "stage1_preview.pth", "other way round"),
-        ("miniature (text)", "stage2_preview.pth", "set stage2 to none"),
+        ("miniature", "stage2_preview.pth", "set stage2 to none"),
     ],
 )
 def test_half_a_pair_or_one_too_many_is_an_error_that_helps(server, hypernetwork, stage2, said):

@@ -1,0 +1,65 @@
+"""LoFA Personalize in the real ComfyUI: the same as the nodes it stands for, and errors that help."""
+
+import pytest
+from test_nodes import FINE, frames, predict_lora, sample
+
+from lofa_core import miniature
+
+EXAMPLE = {
+    "class_type": "LoFAMiniatureExample",
+    "inputs": {"pose": miniature.example_names("pose")[0], "style": miniature.example_names("style")[0]},
+}
+
+
+def start(text: str = "", clip: bool = True, **more: list) -> dict:
+    """Nodes 1 and 2 as in `predict_lora`, an example (node 20, 21), and Personalize (node 5)."""
+    inputs = {"hypernetwork": ["2", 0], "model": ["1", 0], "text": text, "strength": 1.0, **more}
+    if clip:
+        inputs["clip"] = ["1", 1]
+    known = predict_lora()
+    look = {"clip_vision": ["1", 3], "image": ["20", 1], "crop": "center"}
+    return {
+        "1": known["1"], "2": known["2"], "5": {"class_type": "LoFAPersonalize", "inputs": inputs},
+        "20": EXAMPLE, "21": {"class_type": "CLIPVisionEncode", "inputs": look},
+    }  # fmt: skip
+
+
+def test_a_text_gives_what_encode_and_predict_give(server):
+    prompt = start(FINE) | predict_lora() | sample(["5", 1], "one", 30) | sample(["4", 1], "many", 40)
+    outputs = server.succeed(prompt)
+    assert frames(server, outputs, "35") == frames(server, outputs, "45")
+
+
+def test_text_pose_and_picture_together_give_what_the_single_nodes_give(server):
+    both = {"first_strength": 1.0, "second_strength": 1.0}
+    prompt = start(FINE, keypoints=["20", 0], clip_vision_output=["21", 0]) | predict_lora()
+    prompt |= {
+        "6": {"class_type": "LoFAEncodePose", "inputs": {"hypernetwork": ["2", 0], "keypoints": ["20", 0]}},
+        "7": {
+            "class_type": "LoFAEncodeStyle",
+            "inputs": {"hypernetwork": ["2", 0], "clip_vision_output": ["21", 0]},
+        },
+        "8": {
+            "class_type": "LoFACombineConditions",
+            "inputs": both | {"first": ["3", 0], "second": ["6", 0]},
+        },
+        "9": {
+            "class_type": "LoFACombineConditions",
+            "inputs": both | {"first": ["8", 0], "second": ["7", 0]},
+        },
+    }
+    prompt["4"]["inputs"]["condition"] = ["9", 0]
+    outputs = server.succeed(prompt | sample(["5", 1], "one", 30) | sample(["4", 1], "many", 40))
+    assert frames(server, outputs, "35") == frames(server, outputs, "45")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        (start(FINE, clip=False), "a text but no CLIP to read it"),
+        (start("  "), "Nothing is asked for"),
+        (start("a person rides a bicycle"), "bicycle"),
+    ],
+)
+def test_what_is_missing_is_said(server, prompt, said):
+    assert said in server.fail(prompt | sample(["5", 1], "one", 30))
