@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
+from PIL import Image
 
-from training.faces import captions, evaluator, make, world
+from lofa_core.__main__ import main
+from training.faces import captions, evaluator, identity, make, world
 from training.faces.model import Base
 from training.faces.portraits import draw_portraits
 
@@ -77,3 +79,31 @@ def test_the_vae_keeps_what_identity_is_made_of(base, reader, held_out):
     portraits = draw_portraits(held_out[:40], 1, seed=10)
     shown = pictures(base.vae, latents_of(base.vae, portraits))
     assert (reader.read(shown).factors == portraits.factors.numpy()).mean() > 0.85
+
+
+def test_one_picture_of_somebody_unseen_is_enough_to_draw_them(reader, held_out, tmp_path):
+    """Through the command line and SDXL's own pipeline: six people, two pictures each."""
+    pipeline = StableDiffusionXLPipeline.from_pretrained(
+        FOLDER, torch_dtype=torch.float32, add_watermarker=False
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    similar = {"base": [], "LoRA": []}
+    for number, who in enumerate(held_out[-6:]):
+        drawn = draw_portraits([who], 5, seed=number)
+        Image.fromarray(drawn.pixels[0].numpy()).save(tmp_path / "face.png")
+        lora = tmp_path / f"{number}.safetensors"
+        command = ["predict", "--hypernetwork", str(identity.SHIPPED), "--base", str(FOLDER)]
+        assert main([*command, "--identity", str(tmp_path / "face.png"), "--out", str(lora)]) == 0
+        known = reader.read(drawn.pixels[1:]).identity
+        noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(number))
+        for name in similar:
+            if name == "LoRA":
+                pipeline.load_lora_weights(lora)
+            shown = pipeline(
+                2 * [captions.COARSE], latents=noise, num_inference_steps=12, guidance_scale=1.0,
+                output_type="np",
+            ).images  # fmt: skip
+            read = reader.read((shown * 255).round().astype(np.uint8)).identity
+            similar[name].append(evaluator.identity_similarity(read, known))
+        pipeline.unload_lora_weights()
+    assert np.mean(similar["LoRA"]) > np.mean(similar["base"]) + 0.15

@@ -40,6 +40,7 @@ from .model import CHANNELS, LATENT_SIZE, Base, Prompted, sample
 from .portraits import to_pictures
 from .vae import decode
 
+SHIPPED = Path(__file__).with_name("lofa_faces_identity.safetensors")
 EACH, SCENE_GUIDANCE = 4, 3.0
 SHOWN = 3  # people of the picture
 _SEED = 31
