@@ -99,7 +99,7 @@ def test_whole_numbers_stand_for_floats_and_lists_become_tuples(tmp_path):
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        (LEAST + "sed = 1\n", "unknown key 'sed'. Known here: base, out, data"),
+        (LEAST + "sed = 1\n", "unknown key 'sed'. Known here: base, out, stored_as, data"),
         (LEAST + "[lora]\nrnak = 4\n", "[lora]: unknown key 'rnak'. Did you mean 'rank'?"),
         (LEAST + "[lora]\nxyz = 4\n", "[lora]: unknown key 'xyz'. Known here: rank"),
         (LEAST + "[stage3]\nsteps = 1\n", "unknown key 'stage3'. Did you mean 'stage"),

@@ -181,14 +181,16 @@ class Run:
             return None
 
     def evaluate(self, hypernetwork: Path | None, more: bool = False) -> dict:
-        """The table on standard error; returns the figures. Uses the run's LoRAs, else the shipped ones."""
+        """The table on standard error; returns the figures. Uses the run's LoRAs as `ship` packs them, else
+        the shipped ones.
+        """
         self._refuse_folder("evaluate")
         started = time.time()
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.processes))
         own = self.folder / "hypernetwork.safetensors"
         network = load_hypernetwork(hypernetwork or (own if own.exists() else miniature.HYPERNETWORK))
         found = evaluate(
-            network, self.data, self.config.evaluation, self._dataset("training"), self._dataset("held_out"),
+            network, self.data, self.config.evaluation, self._packed("training"), self._packed("held_out"),
             evaluator_module.load(), self._say_row, Sharing(self.process, self.processes), more,
         )  # fmt: skip
         found = _rounded(found | {"seconds": time.time() - started})
@@ -198,6 +200,16 @@ class Run:
                     self.console.print(_table(table["rows"]))
             (self.folder / "evaluation.json").write_text(json.dumps(found, indent=1) + "\n")
         return found
+
+    def _packed_file(self, name: str) -> Path:
+        return self.folder / f"loras_{name}.safetensors"
+
+    def _packed(self, name: str) -> LoRADataset:
+        """The LoRAs as they are shipped, so that a clone measures the same."""
+        if self.process == 0:
+            self._dataset(name).save(self._packed_file(name))
+        self.accelerator.wait_for_everyone()
+        return LoRADataset.load(self._packed_file(name))
 
     def ship(self) -> None:
         """Make this run's hypernetwork, LoRAs and figures the embedded ones, and the README's."""
@@ -210,7 +222,7 @@ class Run:
         figures = json.loads(miniature.FIGURES.read_text())
         figures["hypernetwork"] = json.loads(evaluation.read_text()) | {"config": asdict(self.config)}
         for name in ("training", "held_out"):
-            self._dataset(name).save(SHIPPED / f"loras_{name}.safetensors")
+            shutil.copyfile(self._packed_file(name), SHIPPED / f"loras_{name}.safetensors")
         shutil.copyfile(self.folder / "hypernetwork.safetensors", miniature.HYPERNETWORK)
         miniature.FIGURES.write_text(json.dumps(figures, indent=1) + "\n")
         write_figures(figures)
@@ -244,8 +256,8 @@ class Run:
     def _dataset(self, name: str) -> LoRADataset:
         """The run's valid LoRAs of its "training" or "held_out" tasks, else the shipped ones."""
         folder, shipped = LoRAFolder(self.folder / f"loras_{name}"), SHIPPED / f"loras_{name}.safetensors"
+        wanted = self.data.held_out if name == "held_out" else self._lora_tasks()
         if folder.manifest.exists():
-            wanted = self.data.held_out if name == "held_out" else self._lora_tasks()
             layers = self.data.weights.model.layers
             groups = self.data.base_description().by_shape().values()
             return folder.load([[layers[place].name for place in places] for places in groups], wanted)
@@ -253,7 +265,7 @@ class Run:
             raise ValueError(
                 f"{self.folder}: no LoRAs here yet. Run `lora-dataset` with this configuration first."
             )
-        return LoRADataset.load(shipped)
+        return LoRADataset.load(shipped).of(wanted)
 
     def _lora_tasks(self) -> list:
         """Evenly spread over the training tasks of each sort, so that every factor value has its share."""

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
+from lofa_core.int8 import packed, unpacked
 from lofa_core.lora import LoRA, LoRALayer
-from lofa_core.lora_files import load_lora, save_lora, write_safetensors
+from lofa_core.lora_files import load_lora, read_safetensors, save_lora, write_safetensors
 
 from .factors import Factors
 from .miniature.world_tasks import WorldTask
@@ -45,21 +45,29 @@ class LoRADataset:
         """Factor indices [K, F] of tasks of the miniature's world."""
         return torch.tensor([task.indices() for task in self.tasks])
 
+    def of(self, tasks: Iterable) -> "LoRADataset":
+        """Those of these tasks that are there, in their order."""
+        rows = {task: row for row, task in enumerate(self.tasks)}
+        kept = [task for task in tasks if task in rows]
+        return LoRADataset(self.loras[torch.tensor([rows[task] for task in kept])], kept)
+
     def save(self, path: Path) -> None:
-        """One file of all tasks of the miniature's world, as the package ships them. Half precision: the
-        factors are of order 0.1 and are compared through what they do.
+        """One file of all tasks of the miniature's world, as the package ships them: every row of A and
+        column of B in eight bits.
         """
-        metadata = {"tasks": json.dumps([asdict(task) for task in self.tasks])}
         ((A, B),) = self.loras.pairs()  # its layers have one shape
-        write_safetensors({"A": A.half().contiguous(), "B": B.half().contiguous()}, path, metadata)
+        tasks = json.dumps([asdict(task) for task in self.tasks])
+        metadata = {"tasks": tasks, "shape": json.dumps(A.shape[:3])}
+        write_safetensors(packed({"A": A.flatten(0, 2), "B": B.mT.flatten(0, 2)}), path, metadata)
 
     @classmethod
     def load(cls, path: Path) -> "LoRADataset":
         """What `save` wrote."""
-        with safe_open(path, "pt") as file:
-            tasks = [WorldTask.read(values) for values in json.loads(file.metadata()["tasks"])]
-            loras = Factors((file.get_tensor("A").float(),), (file.get_tensor("B").float(),))
-            return cls(loras, tasks)
+        tensors, metadata = read_safetensors(path)
+        tasks = [WorldTask.read(values) for values in json.loads(metadata["tasks"])]
+        rows = unpacked(tensors.items(), torch.float32)
+        A, B = (rows[name].unflatten(0, json.loads(metadata["shape"])) for name in ("A", "B"))
+        return cls(Factors((A,), (B.mT.contiguous(),)), tasks)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ TEXT_ENCODER = FOLDER / "text_encoder" / "model.safetensors"
 TEXT_ENCODER_CONFIG = FOLDER / "text_encoder" / "config.json"
 TOKENIZER = FOLDER / "tokenizer" / "spiece.model"
 IMAGE_ENCODER = FOLDER / "image_encoder" / "model.safetensors"
-HYPERNETWORK = FOLDER / "lofa_miniature_text.safetensors"
+HYPERNETWORK = FOLDER / "lofa_miniature.safetensors"
 FIGURES = FOLDER / "figures.json"
 EXAMPLES = FOLDER / "examples"
 
