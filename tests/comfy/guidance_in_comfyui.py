@@ -4,6 +4,7 @@ import json
 import sys
 
 from guidance_families import STEPS, STRENGTH, WEIGHTS, Apart, distance, families  # makes ComfyUI importable
+from in_comfyui import PROMPT
 
 import comfy.lora  # isort: skip
 import comfy.model_management
@@ -11,14 +12,16 @@ import comfy.samplers
 import torch
 from comfy_extras.nodes_custom_sampler import Guider_DualModel
 
+EVERY_SAMPLER = PROMPT == "every sampler"
+
 
 def samplers(bases) -> dict:
-    """Distance from the truth, by family and sampler: every sampler of ComfyUI's for WAN, some for SDXL."""
-    some = ("euler", "heun", "dpm_2", "dpmpp_2m", "dpmpp_sde", "lcm", "uni_pc", "euler_cfg_pp", "ddim")
+    """Distance from the truth, by family and sampler: some, or every sampler of ComfyUI's for WAN."""
+    some = ("euler", "heun", "dpmpp_2m", "lcm", "uni_pc")
     found = {}
     for name, family in bases.items():
         guider, truth = family.guider(family.load()), family.apart()
-        names = comfy.samplers.SAMPLER_NAMES if name == "wan" else some
+        names = comfy.samplers.SAMPLER_NAMES if EVERY_SAMPLER and name == "wan" else some
         found[name] = {
             sampler: distance(family.sample(guider, sampler), family.sample(truth, sampler))
             for sampler in names
@@ -265,5 +268,7 @@ if __name__ == "__main__":
         own = families()
         looks = (samplers, special_cases, core_dual_model, interrupted, two_branches, passes,
                  other_nodes_hooks, refusals)  # fmt: skip
+        if EVERY_SAMPLER:
+            looks = (samplers,)
         found = {look.__name__: look(own) for look in looks}
     sys.stdout.write("\n" + json.dumps(found) + "\n")
