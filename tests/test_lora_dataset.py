@@ -50,7 +50,7 @@ def test_a_packed_file_is_a_quarter_and_its_loras_do_nearly_the_same(tmp_path):
     assert torch.allclose(LoRADataset.load(path).loras.flat(), found.flat(), rtol=1e-6, atol=0)
 
 
-def same(found, wanted, tolerance=4e-3):
+def same(found, wanted, tolerance=1e-3):
     return all(
         torch.allclose(one, other, atol=tolerance)
         for one, other in zip((*found.A, *found.B), (*wanted.A, *wanted.B), strict=True)
@@ -64,7 +64,7 @@ def test_a_file_of_all_tasks_comes_back_in_order(tmp_path):
         LoRADataset(made, tasks).save(tmp_path / "loras.safetensors")
         found = LoRADataset.load(tmp_path / "loras.safetensors")
         assert found.tasks == tasks and found.loras.A[0].dtype == found.loras.B[0].dtype == torch.float32
-        assert same(found.loras, made)
+        assert same(found.loras, made, tolerance=4e-3)  # eight bits
     LoRADataset(made, TASKS).save(tmp_path / "loras.safetensors")
     found = LoRADataset.load(tmp_path / "loras.safetensors")
     assert found.indices().tolist() == [list(task.action.indices()) for task in TASKS]

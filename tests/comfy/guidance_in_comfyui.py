@@ -16,12 +16,16 @@ EVERY_SAMPLER = PROMPT == "every sampler"
 
 
 def samplers(bases) -> dict:
-    """Distance from the truth, by family and sampler: some, or every sampler of ComfyUI's for WAN."""
-    some = ("euler", "heun", "dpmpp_2m", "lcm", "uni_pc")
+    """Distance from the truth, by family and sampler: some; or every sampler of ComfyUI's for WAN, nine for
+    SDXL.
+    """
+    some = ["euler", "heun", "dpmpp_2m", "lcm", "uni_pc"]
+    more = [*some, "dpm_2", "dpmpp_sde", "euler_cfg_pp", "ddim"]
     found = {}
     for name, family in bases.items():
         guider, truth = family.guider(family.load()), family.apart()
-        names = comfy.samplers.SAMPLER_NAMES if EVERY_SAMPLER and name == "wan" else some
+        every = comfy.samplers.SAMPLER_NAMES if name == "wan" else more
+        names = every if EVERY_SAMPLER else some
         found[name] = {
             sampler: distance(family.sample(guider, sampler), family.sample(truth, sampler))
             for sampler in names

@@ -31,7 +31,7 @@ def test_core_samplers_give_what_two_models_give(seen):
 @pytest.mark.slow
 def test_every_core_sampler_gives_what_two_models_give(installation):
     found = installation.inspect("every sampler", script="guidance_in_comfyui.py")["samplers"]
-    assert len(found["wan"]) > 30
+    assert len(found["wan"]) > 30 and len(found["sdxl"]) == 9
     assert far(found) == {}
 
 

@@ -107,7 +107,7 @@ def test_every_node_is_registered_and_explains_itself(server):
     for name in NODE_IDS:
         node = nodes[name]
         assert node["category"] == "LoFA" and node["description"] and node["search_aliases"]
-        assert "LoFA" in node["display_name"]
+        assert node["display_name"].endswith("(LoFA)") or name == "LoFAPersonalize"
         inputs = {**node["input"].get("required", {}), **node["input"].get("optional", {})}
         assert all(options["tooltip"] for _, options in inputs.values()), name
         assert all(node["output_tooltips"]), name
