@@ -21,6 +21,7 @@ class DataConfig:
     clips_per_task: int = 24
     held_out_tasks: int = 32  # actions
     held_out_looks: int = 24
+    training_tasks: int = 0  # actions that anything is learned from; 0: all but the held-out ones
     lora_tasks: int = 96  # training tasks that get a LoRA of their own
     seed: int = 0
     cache: str = ""  # a folder for the world's encoded clips, which several runs share; empty: the run's own
@@ -77,6 +78,7 @@ class NetworkConfig:
     width: int = 128
     heads: int = 4
     blocks: int = 3
+    stage1_blocks: int = 0
     mlp_ratio: int = 2
     pooling_queries: int = 8
     feature_blocks: tuple[int, ...] = (0, 2)
@@ -119,6 +121,8 @@ class Stage1Config(StageConfig):
     """Response maps (LoFA eq. 4) with the likelihood of dW itself as a second, denser target."""
 
     layers: int = 8  # target layers a step
+    target: Literal["response", "lora"] = "response"  # the map; or the LoRA itself, as Stage II
+    threshold: float = 0.02  # |dW / W| above which an entry responds
     likelihood_weight: float = 0.1
     size_weight: float = 0.0  # of the mean square of Stage I's A and B
 
@@ -137,8 +141,8 @@ class DiffusionConfig(StageConfig):
 
 
 @dataclass(frozen=True)
-class Stage2Config(DiffusionConfig):
-    """LoRA prediction (LoFA eq. 6-8)."""
+class ReconstructionConfig(DiffusionConfig):
+    """What tasks' own LoRAs teach beside it (LoFA eq. 6-8)."""
 
     reconstruction: str = "factors"  # a name in training/losses.py
     reconstruction_weight: float = 0.17
@@ -149,6 +153,26 @@ class Stage2Config(DiffusionConfig):
             raise ValueError(
                 f"reconstruction = {self.reconstruction!r}: expected one of {', '.join(RECONSTRUCTIONS)}."
             )
+
+
+@dataclass(frozen=True)
+class Stage2Config(ReconstructionConfig):
+    """LoRA prediction."""
+
+    from_stage1: bool = True  # start from Stage I's weights; false needs feature_blocks = [], too
+
+
+@dataclass(frozen=True)
+class TextToLoRAConfig(ReconstructionConfig):
+    """The MLP baseline, taught as Stage II is."""
+
+    width: int = 384
+    blocks: int = 3
+
+    def __post_init__(self):
+        super().__post_init__()
+        if min(self.width, self.blocks) < 1:
+            raise ValueError(f"width = {self.width}, blocks = {self.blocks}: expected 1 or more.")
 
 
 @dataclass(frozen=True)
@@ -190,6 +214,7 @@ class TrainingConfig:
     stage1: Stage1Config = field(default_factory=Stage1Config)
     stage2: Stage2Config = field(default_factory=Stage2Config)
     end_to_end: EndToEndConfig = field(default_factory=EndToEndConfig)
+    text_to_lora: TextToLoRAConfig = field(default_factory=TextToLoRAConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
@@ -204,7 +229,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainingConfig:
         raise ValueError(f"{path}: not valid TOML: {error}") from error
     for override in overrides:
         _override(values, override)
-    return _fill(TrainingConfig, values, str(path))
+    return fill(TrainingConfig, values, str(path))
 
 
 def _override(values: dict[str, Any], text: str) -> None:
@@ -222,7 +247,8 @@ def _override(values: dict[str, Any], text: str) -> None:
     table[keys[-1]] = parsed
 
 
-def _fill(kind: type, values: dict[str, Any], where: str):
+def fill(kind: type, values: dict[str, Any], where: str):
+    """The dataclass `kind` with these values. ValueError naming `where`, the key, and what was expected."""
     known = {f.name: f for f in fields(kind)}
     for key in values:
         if key not in known:
@@ -233,7 +259,7 @@ def _fill(kind: type, values: dict[str, Any], where: str):
         if is_dataclass(wanted):
             if not isinstance(value, dict):
                 raise ValueError(f"{where}: [{key}] must be a table, not {value!r}.")
-            filled[key] = _fill(wanted, value, f"{where} [{key}]")
+            filled[key] = fill(wanted, value, f"{where} [{key}]")
         else:
             filled[key] = _checked(wanted, value, f"{where}: {key}")
     try:

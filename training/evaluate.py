@@ -2,13 +2,14 @@
 never did, poses and pictures it never saw.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from rich.table import Table
 
 from lofa_core.hypernetwork import Hypernetwork
 
@@ -16,6 +17,7 @@ from .baselines.simple import mean_lora, nearest_lora, ridge_lora
 from .config import EvaluationConfig
 from .factors import Factors
 from .judge import Judge, Method, predicted_factors, response_figures
+from .looks import Predictor
 from .lora_dataset import LoRADataset
 from .miniature import evaluator as evaluator_module
 from .miniature.tasks import MiniatureTasks
@@ -44,9 +46,10 @@ def evaluate(
     report: Report = lambda name, figures: None,
     sharing: Sharing = Sharing(),
     more: bool = False,
+    others: Mapping[str, Predictor] | None = None,
 ) -> dict:
     """All tables with their summaries; `known` are the training LoRAs, `wanted` those of the held-out tasks.
-    `more` adds what a known wording, guidance and strength would do.
+    `more` adds what a known wording, guidance and strength would do, `others` rows of other predictors.
 
     Actions: "rows" and their summary. Looks, and both at once, likewise under "looks" and "both".
     """
@@ -61,7 +64,9 @@ def evaluate(
         if not asked:
             continue
         of_sort = _of_sort(known, place == "looks"), _of_sort(wanted, place == "looks")
-        table = _one_sort(hypernetwork, data, settings, *of_sort, asked, evaluator, report, sharing, more)
+        table = _one_sort(
+            hypernetwork, data, settings, *of_sort, asked, evaluator, report, sharing, more, others or {}
+        )
         found |= table if place is None else {place: table}
     if {"text", "style"} <= set(data.kinds):
         found["both"] = _both(hypernetwork, data, settings, evaluator, report, sharing)
@@ -74,7 +79,9 @@ def _of_sort(loras: LoRADataset, looks: bool) -> LoRADataset:
     return LoRADataset(loras.loras[torch.tensor(rows)], [loras.tasks[row] for row in rows])
 
 
-def _one_sort(hypernetwork, data, settings, known, wanted, kinds, evaluator, report, sharing, more) -> dict:
+def _one_sort(
+    hypernetwork, data, settings, known, wanted, kinds, evaluator, report, sharing, more, others
+) -> dict:
     """The table of actions, or of looks, under each of `kinds`."""
     judge = Judge(data, wanted.tasks, settings, evaluator)
     told = {kind: held_out_conditions(data, judge, kind) for kind in kinds}
@@ -92,6 +99,9 @@ def _one_sort(hypernetwork, data, settings, known, wanted, kinds, evaluator, rep
         methods.append(Method(name, predicted))
         if kind == kinds[0]:
             methods.append(Method("LoFA, fine prompt", predicted, "fine"))
+    for name, predictor in others.items():
+        if kinds[0] in predictor.conditions:
+            methods.append(Method(name, predicted_factors(predictor, data, told[kinds[0]])))
     methods += [
         Method("per-task LoRA", wanted.loras),
         Method("per-task LoRA, fine prompt", wanted.loras, "fine"),
@@ -181,3 +191,22 @@ def summarise(rows: dict[str, dict[str, float]]) -> dict:
         and ours["joint"] > rows[name]["joint"]
     ]
     return {"frechet_gap_closed": closed("frechet"), "joint_gap_closed": closed("joint"), "beaten": beaten}
+
+
+def as_table(rows: dict[str, dict[str, float]]) -> Table:
+    """For the console."""
+    table = Table("method", "flow matching", "joint", "mean accuracy", "Frechet", "diversity")
+    for name, row in rows.items():
+        loss = f"{row['flow_matching']:.4f}" if "flow_matching" in row else ""
+        table.add_row(
+            name, loss, f"{row['joint']:.3f}", f"{row['mean_accuracy']:.3f}", f"{row['frechet']:.2f}",
+            f"{row['diversity']:.3f}",
+        )  # fmt: skip
+    return table
+
+
+def rounded(found: Any) -> Any:
+    """All numbers in nested dictionaries to four digits."""
+    if isinstance(found, dict):
+        return {key: rounded(value) for key, value in found.items()}
+    return round(found, 4) if isinstance(found, float) else found

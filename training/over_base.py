@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from lofa_core.base_models import BaseWeights
 from lofa_core.conditions import Conditions, Given
 from lofa_core.descriptions import BaseDescription, LayerDescription
-from lofa_core.hypernetwork import Hypernetwork
 
 from .backbones import (
     TEXT_LENGTH,
@@ -22,6 +21,7 @@ from .backbones import (
     use_folded_padding,
 )
 from .denoisers import Denoiser, SDXLDenoiser, WanDenoiser
+from .looks import Predictor
 
 
 class OverBase:
@@ -67,7 +67,7 @@ class OverBase:
         return BaseDescription(model.name, layers, self.weights.fingerprint())
 
 
-def padded(conditions: Conditions, hypernetwork: Hypernetwork) -> Conditions:
+def padded(conditions: Conditions, hypernetwork: Predictor) -> Conditions:
     """The conditions with the rows of zeros that the hypernetwork is used with: some attend to them."""
     return {
         kind: _padded(given, hypernetwork.conditions[kind].padded_to) for kind, given in conditions.items()
