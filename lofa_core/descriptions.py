@@ -48,9 +48,7 @@ class HypernetworkConfig:
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name} = {getattr(self, name)!r}: expected one of {get_args(kind)}")
         if self.weight_input == "condition" and self.modulation != "film":
-            raise ValueError(
-                'weight_input = "condition" starts from what FiLM is made from: modulation = "film"'
-            )
+            raise ValueError('weight_input = "condition" needs modulation = "film": FiLM sums a condition up')
         if len(self.grid) != 2 or min(self.grid) < 1:
             raise ValueError(f"grid = {self.grid}: expected rows and columns of patches, such as (16, 16)")
         if self.width % self.heads:

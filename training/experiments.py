@@ -115,13 +115,18 @@ class Seed:
         """Train what is not trained yet, and judge it."""
         experiment = self.plan.experiments[name]
         run = Run(self._config(name, experiment), self.console)
-        started = time.perf_counter()
+        fresh, started = not any(run.folder.iterdir()), time.perf_counter()
         if experiment.stage1_of:
             self._take_stage1(experiment.stage1_of, run)
         for part in experiment.parts:
             getattr(run, part.replace("-", "_"))()
         trained = time.perf_counter() - started
-        return {"training_seconds": trained} | self._judged(name, experiment, run)
+        found = self._judged(name, experiment, run)
+        if experiment.parts and fresh:  # else some of it was done before
+            found["training_seconds"] = trained
+            if experiment.parts[-1] == "lora-dataset":
+                found["seconds"] = trained / (len(run.data.held_out) + run.config.data.lora_tasks)
+        return found
 
     def _take_stage1(self, name: str, run: Run) -> None:
         """Another experiment's Stage I, under a Stage II of this one's design."""

@@ -1,7 +1,6 @@
 """One run: its folder, its stages in order, and what each leaves behind."""
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -34,6 +33,7 @@ from .looks import Predictor, names_by_shape
 from .lora_dataset import LoRADataset, LoRAFolder
 from .lora_factory import initial_A
 from .lora_run import Summary, make_dataset, train_here
+from .machine import cores
 from .miniature import evaluator as evaluator_module
 from .readme import write_figures
 from .samples import write_samples
@@ -63,7 +63,7 @@ class Run:
         """
         if not self.config.data.folder:
             raise ValueError("data.folder is empty: the miniature's world needs no `cache`.")
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.processes))
+        torch.set_num_threads(max(1, cores() // self.processes))
         try:
             return cache_dataset(
                 self.config.data, self.data.base, self.folder, self.accelerator, self.console
@@ -116,9 +116,7 @@ class Run:
         if self.config.stage2.from_stage1:
             network = load_hypernetwork(self.folder / "stage1.safetensors").requires_grad_(True)
         elif self.config.network.feature_blocks:
-            raise ValueError(
-                "stage2.from_stage1 = false needs network.feature_blocks = []: nothing makes them."
-            )
+            raise ValueError("stage2.from_stage1 = false has no features: set network.feature_blocks = [].")
         else:
             network = _fitted(self.new_network(), known)
         network.stage2.trunk.checkpoint_activations = self.config.stage2.checkpoint_activations
@@ -210,7 +208,7 @@ class Run:
         """
         self._refuse_folder("evaluate")
         started = time.time()
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.processes))
+        torch.set_num_threads(max(1, cores() // self.processes))
         own = self.folder / "hypernetwork.safetensors"
         network = load_hypernetwork(hypernetwork or (own if own.exists() else miniature.HYPERNETWORK))
         found = evaluate(
@@ -299,7 +297,13 @@ class Run:
             raise ValueError(
                 f"{self.folder}: no LoRAs here yet. Run `lora-dataset` with this configuration first."
             )
-        return LoRADataset.load(shipped).of(wanted)
+        kept = LoRADataset.load(shipped)
+        if not set(kept.tasks) & set(wanted):
+            raise ValueError(
+                f"{self.folder}: no LoRAs here, and the shipped ones are of other tasks than this "
+                "configuration's. Run `lora-dataset` with it first."
+            )
+        return kept.of(wanted)
 
     def _lora_tasks(self) -> list:
         """Evenly spread over the training tasks of each sort, so that every factor value has its share."""
