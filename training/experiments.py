@@ -188,11 +188,13 @@ class Seed:
                 return nearest_lora(known.loras, *indices)
             case "ridge regression":
                 return ridge_lora(known.loras, *indices)
+            case "per-task LoRA":  # those that the configuration has trained, or the shipped ones
+                return wanted.loras
             case "base" | "real clips":
                 return None
         raise ValueError(
-            f"[experiment.{name!r}] has no parts: only base, real clips, mean LoRA, nearest LoRA and ridge "
-            "regression need no training."
+            f"[experiment.{name!r}] has no parts: only base, real clips, mean LoRA, nearest LoRA, ridge "
+            "regression and per-task LoRA need no training."
         )
 
 
