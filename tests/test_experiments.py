@@ -203,7 +203,7 @@ def test_the_shipped_plan_is_whole():
     from pathlib import Path
 
     from training.config import load_config
-    from training.results_experiments import TABLES
+    from training.result_tables import TABLES
 
     plan = Plan.load(Path(module.__file__).parent / "configs" / "experiments.toml")
     for experiment in plan.experiments.values():

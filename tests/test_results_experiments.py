@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from training import results, results_experiments
+from training import result_tables, results, results_experiments
 from training.results_experiments import Experiments, against, gap_closed, mean_and_spread, section
 
 MEASURES = ("joint", "mean_accuracy", "frechet", "flow_matching", "motion", "diversity")
@@ -99,6 +99,15 @@ def test_the_page_has_every_table_that_has_runs_and_the_papers_figures_beside_th
     assert "| LoFA | 0.250 ± 0.000 | 1,234,567 |" in lines
 
 
+def test_bases_that_were_never_seen_stand_beside_the_first(folder):
+    bases = {"a_18": row(0.1, 8.0), "a_19": row(0.3, 10.0)}
+    for place, (name, joint) in enumerate((("base, styles", 0.0), ("styles, true W", 0.2))):
+        seeds = {"0": {"machine": "cpu", "rows": {"coarse": row(joint, 5.0)}, "bases": bases}}
+        (folder / f"bases{place}.json").write_text(json.dumps({"name": name, "seeds": seeds}))
+    lines = results_experiments.bases_table(Experiments(folder))
+    assert lines[-1] == "| styles | true W | 1 | 0.500 | 0.500 | 5.00 | 9.00 |" and len(lines) == 4
+
+
 def test_the_plots_are_drawn_where_there_are_two_points(folder, tmp_path):
     lines = section(folder, tmp_path)
     assert "![experiments_tasks](experiments_tasks.png)" in lines
@@ -125,5 +134,5 @@ def test_the_command_puts_them_behind_the_other_tables(folder, tmp_path, monkeyp
 
 
 def test_tables_have_as_many_of_the_papers_figures_as_headings():
-    for table in results_experiments.TABLES:
+    for table in result_tables.TABLES:
         assert {len(line.paper) for line in table.lines} <= {0, len(table.paper)}

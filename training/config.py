@@ -21,6 +21,7 @@ class DataConfig:
     clips_per_task: int = 24
     held_out_tasks: int = 32  # actions
     held_out_looks: int = 24
+    more_bases: tuple[str, ...] = ()  # folders (or patterns of them) of the base's relatives to train on too
     training_tasks: int = 0  # actions that anything is learned from; 0: all but the held-out ones
     lora_tasks: int = 96  # training tasks that get a LoRA of their own
     seed: int = 0

@@ -28,7 +28,7 @@ from lofa_core.checkpoint import load_hypernetwork, save_hypernetwork
 from lofa_core.hypernetwork import Hypernetwork
 
 from .baselines.simple import mean_lora, nearest_lora, ridge_lora
-from .config import fill, load_config
+from .config import EvaluationConfig, fill, load_config
 from .evaluate import held_out_conditions, rounded
 from .factors import Factors
 from .judge import Judge, Method, predicted_factors, response_figures
@@ -36,6 +36,7 @@ from .looks import Predictor
 from .loop import Run
 from .machine import device_name
 from .miniature import evaluator
+from .miniature.tasks import MiniatureTasks
 
 PARTS = ("lora-dataset", "stage1", "stage2", "end-to-end", "text-to-lora")
 
@@ -46,13 +47,14 @@ class Experiment:
 
     parts: of train.py, in order; the last one makes what is judged. Without any, it is a method that needs no
     training, by its name. stage1_of: the experiment whose Stage I it starts from. prompts: under which the
-    LoRAs are judged.
+    LoRAs are judged. bases: folders of other base models that they are judged on as well.
     """
 
     parts: tuple[str, ...] = ()
     set: tuple[str, ...] = ()
     stage1_of: str = ""
     prompts: tuple[str, ...] = ("coarse",)
+    bases: tuple[str, ...] = ()
 
     def __post_init__(self):
         if unknown := [part for part in self.parts if part not in PARTS]:
@@ -106,7 +108,7 @@ class Seed:
 
     def __init__(self, plan: Plan, seed: int, console: Console):
         self.plan, self.seed, self.console = plan, seed, console
-        self._judge: Judge | None = None
+        self._judges: dict[Path, Judge] = {}
 
     def folder(self, name: str) -> Path:
         return Path(self.plan.out) / f"{slug(name)}-{self.seed}"
@@ -141,14 +143,15 @@ class Seed:
         changes = [*self.plan.set, *seeds, f'out="{self.folder(name)}"', *experiment.set]
         return load_config(Path(self.plan.config), changes)
 
-    def judge(self, run: Run) -> Judge:
-        if self._judge is None:
-            self._judge = Judge(run.data, run.data.held_out, run.config.evaluation, evaluator.load())
-        return self._judge
+    def judge(self, data: MiniatureTasks, settings: EvaluationConfig) -> Judge:
+        """One for each base model: the held-out tasks are the same for all experiments."""
+        if data.base not in self._judges:
+            self._judges[data.base] = Judge(data, data.held_out, settings, evaluator.load())
+        return self._judges[data.base]
 
     def _judged(self, name: str, experiment: Experiment, run: Run) -> dict[str, Any]:
         torch.set_num_threads(1)
-        judge = self.judge(run)
+        judge = self.judge(run.data, run.config.evaluation)
         known, wanted = run.packed("training"), run.packed("held_out")
         told = held_out_conditions(run.data, judge, run.data.kinds[0])
         found: dict[str, Any] = {}
@@ -172,6 +175,11 @@ class Seed:
             return found | {"rows": {"coarse": judge.score(judge.real.latents.float())}}
         rows = {prompt: judge.measure(Method(name, factors, prompt)) for prompt in experiment.prompts}
         found["rows"] = rows
+        for base in map(Path, experiment.bases):
+            data = MiniatureTasks(run.config.data, run.folder, base)
+            own = factors if network is None else predicted_factors(network, data, told)
+            method = Method(name, own)
+            found.setdefault("bases", {})[base.name] = self.judge(data, run.config.evaluation).measure(method)
         if isinstance(network, Hypernetwork) and run.config.stage2.from_stage1 and last == "stage2":
             threshold = run.config.stage1.threshold
             found["response"] = response_figures(network, run.data, told, known, wanted, threshold)
@@ -190,7 +198,7 @@ class Seed:
                 return ridge_lora(known.loras, *indices)
             case "per-task LoRA":  # those that the configuration has trained, or the shipped ones
                 return wanted.loras
-            case "base" | "real clips":
+            case "base" | "base, styles" | "base, swapped" | "real clips":
                 return None
         raise ValueError(
             f"[experiment.{name!r}] has no parts: only base, real clips, mean LoRA, nearest LoRA, ridge "

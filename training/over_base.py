@@ -1,5 +1,7 @@
 """What tasks know of the base model they live in."""
 
+import glob
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -25,10 +27,26 @@ from .looks import Predictor
 
 
 class OverBase:
-    """The base model of the folder `base`."""
+    """The base model of the folder `base`; `more_bases`: folders of its relatives."""
 
-    def __init__(self, base: Path):
-        self.base = base
+    def __init__(self, base: Path, more_bases: Sequence[str] = ()):
+        self.base, self.more_bases = base, more_bases
+
+    def family(self) -> "list[OverBase]":
+        """This base, and the relatives that training draws from. ValueError where one has other layers."""
+        found = [self]
+        for pattern in self.more_bases:
+            folders = sorted(glob.glob(pattern))
+            if not folders:
+                raise ValueError(f"data.more_bases: there is no folder {pattern}.")
+            found += [OverBase(Path(folder)) for folder in folders]
+        for relative in found[1:]:
+            if relative.base_description().layers != self.base_description().layers:
+                raise ValueError(
+                    f"{relative.base}: more_bases are to have the layers of {self.base} "
+                    f"({self.weights.model.summary()}), not {relative.weights.model.summary()}."
+                )
+        return found
 
     def load_denoiser(self) -> Denoiser:
         """The frozen base model, in float32."""

@@ -6,6 +6,7 @@ import contextlib
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,13 +19,13 @@ from lofa_core.trunk import Layers, shape_key
 
 from .config import DiffusionConfig, ReconstructionConfig, Stage2Config
 from .data.folder_tasks import Tasks
-from .denoisers import Prompts
+from .denoisers import Denoiser, Prompts
 from .factors import Factors, by_name
 from .injection import injected
 from .looks import Predictor, looks_at, names_by_shape, on
 from .lora_dataset import LoRADataset
 from .losses import RECONSTRUCTION
-from .over_base import padded
+from .over_base import OverBase, padded
 from .trainer import draw, noise_from
 from .validation import weight_cosines
 
@@ -48,6 +49,15 @@ class _Stage2(nn.Module):
         found = (self.stage2(layers, condition, own) for layers, own in zip(looks, features, strict=True))
         A, B = zip(*found, strict=True)
         return Factors(A, B)
+
+
+@dataclass(frozen=True)
+class _Base:
+    """A base model to train through, its target layers by name, and what a predictor sees of them."""
+
+    denoiser: Denoiser
+    modules: dict[str, nn.Linear]
+    looks: list[Layers]
 
 
 class Diffusion(ABC):
@@ -76,17 +86,30 @@ class Diffusion(ABC):
         self.data, self.known, self.held_out = data, known, held_out
         self.settings, self.device = settings, device
         self.average = copy.deepcopy(trained).requires_grad_(False)
-        self.looks = looks_at(hypernetwork, [weights.to(device) for weights in data.weights_by_shape()])
-        self.denoiser = data.load_denoiser()
-        self.denoiser.model.to(device)
-        if settings.checkpoint_activations:
-            self.denoiser.model.enable_gradient_checkpointing()
         self.groups = names_by_shape(hypernetwork)
-        self.modules = self.denoiser.modules([name for names in self.groups for name in names])
+        self.bases = [self._opened(base) for base in data.family()]
+        if len(self.bases) > 1 and known is not None and settings.with_lora:
+            raise ValueError(
+                f"[{self.name}] with_lora = {settings.with_lora}: the LoRAs are of {data.base} alone. Set "
+                "with_lora = 0 where data.more_bases names others."
+            )
+        self._use(self.bases[0])
         self.coarse = data.coarse().to(device)
         self.own = {task: row for row, task in enumerate(known.tasks)} if known else {}
         self.weights = {name: getattr(settings, f"{name}_weight") for name in ("diffusion", "distillation")}
         self._injection = contextlib.ExitStack()
+
+    def _opened(self, base: OverBase) -> "_Base":
+        denoiser = base.load_denoiser()
+        denoiser.model.to(self.device)
+        if self.settings.checkpoint_activations:
+            denoiser.model.enable_gradient_checkpointing()
+        weights = [weights.to(self.device) for weights in base.weights_by_shape()]
+        modules = denoiser.modules([name for names in self.groups for name in names])
+        return _Base(denoiser, modules, looks_at(self.hypernetwork, weights))
+
+    def _use(self, base: "_Base") -> None:
+        self.denoiser, self.modules, self.looks = base.denoiser, base.modules, base.looks
 
     def tasks(self, step: int, items: Sequence[int]) -> list[str]:
         return [task.id for task, _ in self._drawn(step, items)]
@@ -103,6 +126,9 @@ class Diffusion(ABC):
 
     def losses(self, model: nn.Module, step: int, items: Sequence[int]) -> dict[str, Tensor]:
         settings, device = self.settings, self.device
+        common = draw(settings.seed, step)
+        use_fine = common.random() < settings.fine_prompts
+        self._use(self.bases[common.integers(len(self.bases))])
         tasks, draws = zip(*self._drawn(step, items), strict=True)
         told = [self.data.condition(task, rng) for task, rng in zip(tasks, draws, strict=True)]
         conditions = on(padded(self.data.conditions(told), self.hypernetwork), device)
@@ -111,7 +137,6 @@ class Diffusion(ABC):
         x, target, times, fine = self._noised(tasks, draws)
         rows = torch.tensor([self.own.get(task, -1) for task in tasks])
         teacher = self._teacher(x, times, fine, rows) if settings.distillation_weight else None
-        use_fine = draw(settings.seed, step).random() < settings.fine_prompts
         text = fine if use_fine else self.coarse.expanded(len(x))
         # Not taken out before the backward pass, which may compute the base model's blocks again.
         self._injection.close()

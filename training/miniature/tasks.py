@@ -41,7 +41,7 @@ class MiniatureTasks(OverBase):
     """
 
     def __init__(self, config: DataConfig, folder: Path, base: Path = miniature.FOLDER):
-        super().__init__(base)
+        super().__init__(base, config.more_bases)
         self.config, self.folder = config, Path(config.cache) if config.cache else folder
         self.kinds = config.conditions
         if "identity" in self.kinds:
