@@ -14,7 +14,7 @@ from training import judge as module
 from training.config import EvaluationConfig
 from training.denoisers import WanDenoiser
 from training.evaluate import BASELINES, Sharing, added, evaluate, summarise
-from training.judge import Judge, Method, predicted_factors, response_figures
+from training.judge import Judge, Method, agreement, predicted_factors, response_figures
 from training.lora_dataset import LoRADataset
 
 SETTINGS = EvaluationConfig(clips_per_task=2, sampling_steps=2, seed=7)
@@ -210,6 +210,25 @@ def test_response_figures_by_hand(data):
         abs=1e-3,
     )
     assert 0.1 < found["responding_share"] < 0.9
+
+
+def test_how_far_loras_agree_by_hand(data):
+    known, wanted = LoRADataset(loras(4, 1, 0.02), ACTIONS), LoRADataset(loras(7, 2, 0.02), HELD_OUT)
+    same = agreement(data, wanted.loras, known, wanted)
+    assert list(same.values()) == pytest.approx([1.0] * 4)
+    other = loras(7, 3, 0.02)
+    found = agreement(data, other, known, wanted)
+    W = data.weights_by_shape()[0].double()
+    deltas = [one.deltas()[0].double() for one in (other, wanted.loras, known.loras)]
+    maps = [((delta / W).abs() > 0.02).double() for delta in deltas]
+    for (first, second, training), name in ((maps, ""), (deltas, "delta_")):
+        plain, centred = [], []
+        for a, b in zip(first.flatten(1), second.flatten(1), strict=True):
+            mean = training.mean(0).flatten()
+            plain.append(torch.cosine_similarity(a, b, 0).item())
+            centred.append(torch.cosine_similarity(a - mean, b - mean, 0).item())
+        assert found[f"repeat_{name}cosine"] == pytest.approx(np.mean(plain), abs=1e-4)
+        assert found[f"repeat_centred_{name}cosine"] == pytest.approx(np.mean(centred), abs=1e-4)
 
 
 def table(**changes):

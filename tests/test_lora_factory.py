@@ -48,6 +48,18 @@ def test_the_shared_initialisation_is_uniform_within_one_over_root_in(data):
     assert len({value.sum().item() for value in start.values()}) == 8  # every layer has an A of its own
 
 
+def test_a_repeat_has_the_same_start_and_other_noise(data):
+    first, same, again = (
+        train(data, ["wave"], replace(SETTINGS, repeat=repeat, steps=steps))["wave"]
+        for repeat, steps in ((0, 1), (0, 1), (1, 1))
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first.B, same.B, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first.B, again.B, strict=True))
+    start = initial_A(data.weights.model.layers, RANK, SETTINGS.seed)
+    for A, began in zip(again.A, start.values(), strict=True):
+        assert torch.allclose(A, began, atol=1e-2)  # B was zero, so A has hardly moved
+
+
 def by_hand(data, clips, settings):
     """The same training with W + B A in place of W, one task, all steps written out."""
     layers, model = data.weights.model.layers, data.model

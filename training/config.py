@@ -67,6 +67,7 @@ class LoRAConfig:
     tasks_at_once: int = 8
     seed: int = 0
     shared_A: bool = True  # one initial A for all tasks; false draws one for each
+    repeat: int = 0  # another number, other noise and held-out clips from the same A: how far LoRAs repeat
     canonical: bool = False  # store B = U sqrt(S), A = sqrt(S) V^T of dW, signs fixed
     max_relative_norm: float = 1.0  # a LoRA with a larger ||dW|| / ||W|| in any layer has diverged
 

@@ -31,9 +31,10 @@ from .baselines.simple import mean_lora, nearest_lora, ridge_lora
 from .config import EvaluationConfig, fill, load_config
 from .evaluate import held_out_conditions, rounded
 from .factors import Factors
-from .judge import Judge, Method, predicted_factors, response_figures
+from .judge import Judge, Method, agreement, predicted_factors, response_figures
 from .looks import Predictor
-from .loop import Run
+from .loop import SHIPPED, Run
+from .lora_dataset import LoRADataset
 from .machine import device_name
 from .miniature import evaluator
 from .miniature.tasks import MiniatureTasks
@@ -169,6 +170,12 @@ class Seed:
             found["parameters"] = sum(p.numel() for p in network.parameters())
         elif last == "lora-dataset":
             factors = wanted.loras
+            if run.config.lora.repeat:
+                of_all, first = (
+                    LoRADataset.load(SHIPPED / f"loras_{split}.safetensors").of(tasks)
+                    for split, tasks in (("training", run.data.training), ("held_out", wanted.tasks))
+                )
+                found["response"] = agreement(run.data, factors, of_all, first)
         else:
             factors = self._untrained(name, known, wanted)
         if name == "real clips":

@@ -183,6 +183,25 @@ def predicted_factors(hypernetwork: Predictor, data: MiniatureTasks, told: list[
     return Factors.cat(found)
 
 
+def agreement(
+    data: MiniatureTasks, found: Factors, known: LoRADataset, wanted: LoRADataset
+) -> dict[str, float]:
+    """How far LoRAs of the same tasks agree with `wanted`: cosines of their response maps and of dW, plain
+    and centred on the training LoRAs' mean. Two trainings of one task differ: a yardstick for predictions.
+    """
+    weights = data.weights_by_shape()
+    mean, mean_delta = mean_map(weights, known), flat(delta.mean(0) for delta in known.loras.deltas())
+    sums: Counter[str] = Counter()
+    for row in range(len(wanted.tasks)):
+        pair = found[row : row + 1], wanted.loras[row : row + 1]
+        maps, deltas = ([response_maps(weights, one) for one in pair], [flat(one.deltas()) for one in pair])
+        sums["repeat_cosine"] += cosine(*maps)
+        sums["repeat_centred_cosine"] += centred_cosine(*maps, mean)
+        sums["repeat_delta_cosine"] += cosine(*deltas)
+        sums["repeat_centred_delta_cosine"] += centred_cosine(*deltas, mean_delta)
+    return {name: total / len(wanted.tasks) for name, total in sums.items()}
+
+
 @torch.no_grad()
 def response_figures(
     hypernetwork: Hypernetwork,

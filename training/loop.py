@@ -283,7 +283,7 @@ class Run:
         return latents_of
 
     def _held_out_latents(self) -> Callable[[Any], Tensor]:
-        return self.data.held_out_latents(self.config.data.clips_per_task)
+        return self.data.held_out_latents(self.config.data.clips_per_task, self.config.lora.repeat)
 
     def _dataset(self, name: str) -> LoRADataset:
         """The run's valid LoRAs of its "training" or "held_out" tasks, else the shipped ones."""

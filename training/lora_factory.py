@@ -74,7 +74,7 @@ def train_loras(
             min(1.0, (step + 1) / 10) * (0.05 + 0.475 * (1 + math.cos(math.pi * step / settings.steps)))
         ),
     )
-    generator = torch.Generator().manual_seed(settings.seed)
+    generator = torch.Generator().manual_seed(settings.seed + 1_000_003 * settings.repeat)
     latents = [task.to(device) for task in clips.values()]
     text = prompt.to(device, dtype).expanded(len(latents) * settings.batch)
     last = max(1, settings.steps // 10)

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .result_tables import BASE, BUDGETS, LOFA, MEASURES, TABLES, YARDSTICK, Line, Table
+from .result_tables import AGAIN, BASE, BUDGETS, LOFA, MEASURES, TABLES, YARDSTICK, Line, Table
 
 Rows = dict[int, dict[str, float]]  # by seed
 
@@ -31,9 +31,9 @@ class Experiments:
         """One figure beside the rows, such as "seconds", of each seed that has it."""
         return [one[name] for one in self.seeds.get(experiment, {}).values() if name in one]
 
-    def response(self) -> dict[str, list[float]]:
-        """LoFA's response cosines."""
-        found = [one["response"] for one in self.seeds.get(LOFA, {}).values() if "response" in one]
+    def response(self, experiment: str) -> dict[str, list[float]]:
+        """An experiment's cosines of response maps."""
+        found = [one["response"] for one in self.seeds.get(experiment, {}).values() if "response" in one]
         return {name: [one[name] for one in found] for name in found[0]} if found else {}
 
 
@@ -108,18 +108,19 @@ def _from_lofa(line: Line, lofa: Rows, rows: Rows, measure: str, digits: int) ->
 
 def response_table(found: Experiments) -> list[str]:
     """Markdown: the cosines of section 4.4, beside what the mean map gets."""
-    figures = found.response()
-    if not figures:
+    figures = found.response(LOFA) | found.response(AGAIN)
+    if "stage1_cosine" not in figures:
         return []
     lines = ["| response maps | cosine | centred cosine | the paper's cosine |", "|---|---|---|---|"]
     for label, plain, centred, paper in (
         ("Stage I to the per-task LoRA's", "stage1_cosine", "stage1_centred_cosine", "0.77"),
         ("Stage II to Stage I", "stage2_to_stage1_cosine", "stage2_to_stage1_centred_cosine", "0.91"),
         ("Stage II to the per-task LoRA's", "stage2_cosine", "stage2_centred_cosine", "0.83"),
+        ("a per-task LoRA's to those of another training", "repeat_cosine", "repeat_centred_cosine", ""),
         ("the mean training map to the per-task LoRA's", "mean_map_cosine", "", ""),
         ("small weights to the per-task LoRA's", "small_weight_cosine", "", ""),
     ):
-        cells = [mean_and_spread(figures[name], 3) if name else "" for name in (plain, centred)]
+        cells = [mean_and_spread(figures.get(name, []), 3) for name in (plain, centred)]
         lines.append(f"| {label} | {' | '.join(cells)} | {paper} |")
     return lines
 

@@ -149,8 +149,10 @@ class FolderTasks(OverBase):
         """Unit latents [N, C, ...] -> frames uint8 [N, T, H, W, 3]."""
         return self._encoders(self.base, torch.device("cpu")).pictures(latents)
 
-    def held_out_latents(self, each: int) -> Callable[[TaskName], Tensor]:
-        """Those that the held-out tasks' own LoRAs are trained on: all there are. A world draws `each`."""
+    def held_out_latents(self, each: int, repeat: int = 0) -> Callable[[TaskName], Tensor]:
+        """Those that the held-out tasks' own LoRAs are trained on: all there are. A world draws `each`, and
+        others for another `repeat`.
+        """
         return self.latents_of
 
     def loss_weights(self, task: TaskName) -> Tensor:

@@ -115,9 +115,11 @@ class MiniatureTasks(OverBase):
         tasks = self.held_out if tasks is None else tasks
         return encode_clips(load_vae(self.base), tasks, each, self.config.seed + 90_000 + offset)
 
-    def held_out_latents(self, each: int) -> Callable[[WorldTask], Tensor]:
-        """Those that the held-out tasks' own LoRAs are trained on: `each` of every task."""
-        encoded = self.held_out_clips(each, offset=2)
+    def held_out_latents(self, each: int, repeat: int = 0) -> Callable[[WorldTask], Tensor]:
+        """Those that the held-out tasks' own LoRAs are trained on, `each` of every task; others another
+        `repeat`.
+        """
+        encoded = self.held_out_clips(each, offset=2 + repeat)
         rows = {task: slice(i * each, (i + 1) * each) for i, task in enumerate(self.held_out)}
         return lambda task: encoded.latents[rows[task]]
 
