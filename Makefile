@@ -1,10 +1,11 @@
 # make demo      a sentence becomes a LoRA becomes a clip, in out/demo (PROMPT="..." takes your own sentence)
-# make test      the tests
+# make test      the tests, in two processes (WORKERS=...)
 # make lint      ruff and mypy
 # make .venv     only the environment that the others use
 # PYTHON=...     the Python (3.11 or newer) that makes the environment
 
 PYTHON ?= python3
+WORKERS ?= 2
 INSTALL = .venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt
 
 # The sentence reaches the demo through the environment, unexpanded, so that quotes, $ and # in it stay what they are.
@@ -23,7 +24,7 @@ demo: .venv/installed
 	.venv/bin/python -m training.miniature.demo --out out/demo $${LOFA_PROMPT+--prompt="$$LOFA_PROMPT"}
 
 test: .venv/installed
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n $(WORKERS) --no-loadscope-reorder
 
 lint: .venv/installed
 	.venv/bin/python -m ruff check .
