@@ -1,5 +1,7 @@
 """The miniature and a toy SDXL in ComfyUI for the tests of HM-CFG, and the truth: two models loaded apart."""
 
+import functools
+
 from in_comfyui import load_pack  # makes ComfyUI importable
 
 import comfy.model_management  # isort: skip
@@ -75,6 +77,16 @@ class Family:
 
         guidance = HybridGuidance(w_subject=subject, **windows)
         return host_guidance.hybrid_model(model, self.lora, STRENGTH, guidance)
+
+    @functools.cached_property
+    def truth(self):
+        """What a guider over two models apart samples."""
+        return self.sample(self.apart())
+
+    @functools.cached_property
+    def plain(self):
+        """What a model samples that never met HM-CFG."""
+        return self.ksample(self.load(), 4.0)
 
     def apart(self, weights=lambda step: WEIGHTS, strength=STRENGTH):
         """The truth: a guider over a base model and a personalised model that share nothing."""

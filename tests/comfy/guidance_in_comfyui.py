@@ -39,9 +39,9 @@ def special_cases(bases) -> dict:
     for name, family in bases.items():
         base, windows = family.load(), {"base_window": (0.5, 1.0), "subject_window": (0.0, 0.75)}
         in_windows = [(1.0, 2.5), (1.0, 2.5), (4.0, 2.5), (4.0, 0.0)]
-        truth = family.sample(family.apart())
+        truth = family.truth
         windowed = family.sample(family.apart(in_windows.__getitem__))
-        plain = family.ksample(family.load(), 4.0)
+        plain = family.plain
         dual = Guider_DualModel(family.personalised(), family.load())
         dual.set_conds(family.positive, family.negative)
         dual.set_cfg(4.0)
@@ -138,8 +138,8 @@ def interrupted(bases) -> dict:
                 "seen": seen[-1],
                 "left": bypassed(model),
                 "same weights": all(torch.equal(after[key], tensor) for key, tensor in before.items()),
-                "plain": torch.equal(family.ksample(model, 4.0), family.ksample(family.load(), 4.0)),
-                "again": distance(family.sample(family.guider(model)), family.sample(family.apart())),
+                "plain": torch.equal(family.ksample(model, 4.0), family.plain),
+                "again": distance(family.sample(family.guider(model)), family.truth),
             }
     return found
 
@@ -154,8 +154,8 @@ def two_branches(bases) -> dict:
         other = model.clone()
         other.add_patches(comfy.lora.load_lora(family.lora, keys), 0.4)
         hybrid, further = family.guider(model), family.patched(model).clone()
-        alone = family.ksample(family.load(), 4.0)
-        truth = family.sample(family.apart())
+        alone = family.plain
+        truth = family.truth
         other_alone = family.ksample(family.personalised(0.4), 4.0)
         rows = {"plain": [], "hybrid": [], "a clone of hybrid": [], "other LoRA": [], "on other LoRA": []}
         on_other = family.guider(other, strength=0.3)  # 0.4 of the LoRA belong to the base here
