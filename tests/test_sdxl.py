@@ -49,9 +49,10 @@ def lora(unet):
     base = BaseWeights.from_tensors(shapes, lambda key: weights[shapes[key]])
     condition = {"identity": Given(torch.randn(1, 5, IDENTITY.width, generator=generator(2)))}
     network = small_network(base)
+    one = torch.zeros(1, dtype=torch.long)
     # Equal matrices have equal patches, and to cut them is most of the work.
-    cut = functools.cache(lambda shape, own=network.patches: own(weights[shape].unsqueeze(0)))
-    network.patches = lambda given: cut(tuple(given.shape[1:]))
+    cut = functools.cache(lambda shape, own=network.patches: own(weights[shape].unsqueeze(0), one))
+    network.patches = lambda given, index: cut(tuple(given.shape[1:]))
     return predict(network, base, condition, batch_size=16).lora
 
 
