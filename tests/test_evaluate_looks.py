@@ -85,8 +85,8 @@ def test_a_judge_of_both_reads_both_and_says_how_many_of_each_are_right(monkeypa
     read[0, 2] += 1
     read[0, 7] += 1
     read[4, 8] += 1
-    monkeypatch.setattr(judge, "read", lambda latents: (read, features))
-    found = judge.score(torch.zeros(1))
+    monkeypatch.setattr(judge, "_read", lambda clips: (read, features))
+    found = judge.score(judge.real.latents.float())
     assert found["joint"] == pytest.approx(8 / 10)
     assert (found["joint_action"], found["joint_look"]) == (pytest.approx(9 / 10), pytest.approx(8 / 10))
     assert found["accuracy_action"] == pytest.approx(59 / 60)
