@@ -11,6 +11,7 @@ from .descriptions import BaseDescription, ConditionDescription, HypernetworkCon
 from .hypernetwork import Hypernetwork
 from .int8 import SUFFIX, packed, unpacked
 from .lora_files import each_tensor, write_safetensors
+from .steps import UNWATCHED, Watch
 
 FORMAT = "lofa.hypernetwork.2"
 
@@ -45,14 +46,18 @@ def save_hypernetwork(
     write_safetensors(tensors, Path(path), metadata)
 
 
-def load_hypernetwork(path: Path | str, dtype: torch.dtype | None = torch.float32) -> Hypernetwork:
+def load_hypernetwork(
+    path: Path | str, dtype: torch.dtype | None = torch.float32, *, watch: Watch = UNWATCHED
+) -> Hypernetwork:
     """Rebuild a network for prediction, its weights in `dtype` (None: as stored; float16 for int8).
 
     Raises FileNotFoundError, or ValueError where the file is not one of ours, naming what it is not.
     """
     path = Path(path)
     hypernetwork = describe_hypernetwork(path)
-    return hypernetwork.filled(unpacked(each_tensor(path), dtype))
+    with open_safetensors(path) as handle:
+        tensors = len(handle.keys())
+    return hypernetwork.filled(unpacked(watch.each(each_tensor(path), tensors), dtype))
 
 
 def describe_hypernetwork(path: Path) -> Hypernetwork:

@@ -43,6 +43,8 @@ _FONT = {
 }  # fmt: skip
 _TAILED, _TAIL = "gpqy,", 2
 _GLYPH_WIDTH, _GLYPH_HEIGHT, _ADVANCE = 5, 7, 6
+_LABEL_STEPS = (1, 2, 5, 10, 20)  # every how many-th row is labelled where the rows are low
+_OVERVIEW_WIDTH, _OVERVIEW_HEIGHT = 384, 448  # pixels of its maps alone
 _CAPTIONS = (
     "colour: how likely the lora changes a weight",
     "each square is one weight matrix: rows are outputs, columns are inputs",
@@ -55,35 +57,39 @@ def render(
     columns: Iterable[str] | None = None,
     rows: Iterable[int] | None = None,
     cell: int = 96,
+    height: int | None = None,
+    scale: int | None = None,
 ) -> np.ndarray:
     """Draw `responses` (canonical layer name -> [out, in], values 0..1) as uint8 [H, W, 3].
 
     `columns` are the kinds and `rows` the depths to show, in this order (repeats are dropped); by default all
-    that occur. Each map is averaged, or enlarged, to `cell` x `cell` pixels; a layer without a map is a grey
-    square. Raises ValueError for no map at all, a map that is not two-dimensional or not finite, a name
-    that is no target layer's, or a cell below 16 pixels.
+    that occur. Each map is averaged, or enlarged, to `cell` x `height` (by default `cell`) pixels; a layer
+    without a map is grey. A letter is 5 x 7 dots of `scale` pixels. Raises ValueError for no map at
+    all, a map that is not two-dimensional or not finite, a name that is no target layer's, or a cell below 16
+    pixels.
     """
     if cell < 16:
         raise ValueError(f"cell is {cell} pixels; a layer's map needs at least 16 to be seen.")
-    placed = {place: responses[name] for name, place in _places(responses).items()}
+    placed = {place(name): responses[name] for name in responses}
     if not placed:
         raise ValueError("There is no response map to draw; run Stage I first.")
     kinds = list(dict.fromkeys(columns if columns is not None else (kind for _, kind in placed)))
     depths = list(dict.fromkeys(rows if rows is not None else sorted({depth for depth, _ in placed})))
 
-    scale = min(4, max(1, cell // 48))
-    gap, pad = 2 * scale, 6 * scale
+    scale = scale or min(4, max(1, cell // 48))
+    height = height or cell
+    gap, pad = min(2 * scale, max(1, height // 6)), 6 * scale
     heads = [(group, len(list(run))) for group, run in groupby(kinds, key=lambda kind: _split(kind)[0])]
     needed = [_text_width(_split(kind)[1], scale) + gap for kind in kinds]
     needed += [-(-(_text_width(group, scale) + pad) // count) for group, count in heads]
-    pitch_x, pitch_y = max(cell, *needed) + gap, cell + gap
+    pitch_x, pitch_y = max(cell, *needed) + gap, height + gap
     label_width = max(_text_width(f"block {depth}", scale) for depth in depths)
     line = (_GLYPH_HEIGHT + _TAIL + 2) * scale
     left, top = label_width + 2 * pad, 2 * line + 2 * pad
     bar = left + pitch_x * len(kinds) + pad
     width = bar + 10 * scale + pad + _text_width("100%", scale) + pad
     caption = [words for text in _CAPTIONS for words in _wrap(text, width - left - pad, scale)]
-    bottom = top + pitch_y * len(depths)
+    bottom = top + max(pitch_y * len(depths), line)
     canvas = np.empty((bottom + pad + line * len(caption) + pad, width, 3), np.uint8)
     canvas[:] = _PAPER
 
@@ -104,11 +110,12 @@ def render(
         for row, depth in enumerate(depths):
             y = top + row * pitch_y
             response = placed.get((depth, kind))
-            square = _ABSENT if response is None else _colours(_shrink(response, cell))
-            canvas[y : y + cell, x + inset : x + inset + cell] = square
-    for row, depth in enumerate(depths):
+            square = _ABSENT if response is None else colours(shrink(response, (height, cell)))
+            canvas[y : y + height, x + inset : x + inset + cell] = square
+    every = next(step for step in _LABEL_STEPS if step * pitch_y >= line or step == _LABEL_STEPS[-1])
+    for row, depth in list(enumerate(depths))[::every]:
         text = f"block {depth}"
-        y = top + row * pitch_y + (cell - _GLYPH_HEIGHT * scale) // 2
+        y = top + row * pitch_y + (height - _GLYPH_HEIGHT * scale) // 2
         _write(canvas, text, left - pad - _text_width(text, scale), y, scale)
     _colour_bar(canvas, bar, top, min(3 * cell, pitch_y * len(depths) - gap), scale)
     for number, words in enumerate(caption):
@@ -116,41 +123,51 @@ def render(
     return canvas
 
 
-def _places(names: Iterable[str]) -> dict[str, tuple[int, str]]:
-    """(depth, kind) of each canonical name: WAN's name carries the depth, SDXL's blocks are counted."""
-    places: dict[str, tuple[int, str]] = {}
-    for name in names:
-        wan = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
-        sdxl = re.fullmatch(r"(.+\.transformer_blocks\.\d+)\.(.+)", name)
-        if wan:
-            places[name] = int(wan[1]), wan[2]
-        elif sdxl and sdxl[1] in _SDXL_DEPTH:
-            places[name] = _SDXL_DEPTH[sdxl[1]], sdxl[2]
-        else:
-            raise ValueError(
-                f'"{name}" is not a target layer\'s name; expected one like "blocks.0.self_attn.q" (WAN) or '
-                '"down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q" (SDXL).'
-            )
-    return places
+def overview(responses: Mapping[str, Tensor]) -> np.ndarray:
+    """`render` small enough to be read on a node: low maps where there are many depths, large letters."""
+    places = [place(name) for name in responses]
+    depths, kinds = (len(set(part)) for part in zip(*places, strict=True))
+    cell = max(16, _OVERVIEW_WIDTH // kinds)
+    return render(responses, cell=cell, height=min(cell, max(5, _OVERVIEW_HEIGHT // depths)), scale=2)
+
+
+def place(name: str) -> tuple[int, str]:
+    """(depth, kind) of a canonical name: WAN's name carries the depth, SDXL's blocks are counted.
+
+    Raises ValueError for a name that is no target layer's.
+    """
+    wan = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
+    sdxl = re.fullmatch(r"(.+\.transformer_blocks\.\d+)\.(.+)", name)
+    if wan:
+        return int(wan[1]), wan[2]
+    if sdxl and sdxl[1] in _SDXL_DEPTH:
+        return _SDXL_DEPTH[sdxl[1]], sdxl[2]
+    raise ValueError(
+        f'"{name}" is not a target layer\'s name; expected one like "blocks.0.self_attn.q" (WAN) or '
+        '"down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q" (SDXL).'
+    )
 
 
 def _split(kind: str) -> tuple[str, str]:
-    """("self_attn", "q") of "self_attn.q": the heading of a run of columns and the column's own label."""
+    """("self_attn", "q") of "self_attn.q": the heading of a run of columns and the column's own label.
+
+    SDXL's "attn1.to_out.0" is ("attn1", "out"): the columns are narrow.
+    """
     group, _, label = kind.partition(".")
-    return group, label
+    return group, label.removeprefix("to_").removesuffix(".0")
 
 
-def _shrink(response: Tensor, cell: int) -> np.ndarray:
-    """[out, in] averaged (or repeated) to float [cell, cell]; every matrix becomes a square."""
+def shrink(response: Tensor, size: tuple[int, int]) -> np.ndarray:
+    """[out, in] averaged (or repeated) to float [*size], whatever its own sides are."""
     if response.ndim != 2:
         raise ValueError(f"A response map has shape {tuple(response.shape)}; expected [out, in].")
-    small = adaptive_avg_pool2d(response.detach().to("cpu", torch.float32)[None], cell)[0]
+    small = adaptive_avg_pool2d(response.detach().to("cpu", torch.float32)[None], size)[0]
     if not bool(torch.isfinite(small).all()):
         raise ValueError("A response map holds values that are not numbers; predict it again in float32.")
     return small.numpy()
 
 
-def _colours(values: np.ndarray) -> np.ndarray:
+def colours(values: np.ndarray) -> np.ndarray:
     """Values 0..1 (others are clipped) -> uint8 [..., 3], linear between the ramp's anchors."""
     position = np.clip(values, 0.0, 1.0) * (len(_RAMP) - 1)
     below = np.minimum(position.astype(int), len(_RAMP) - 2)
@@ -160,7 +177,7 @@ def _colours(values: np.ndarray) -> np.ndarray:
 
 def _colour_bar(canvas: np.ndarray, x: int, y: int, height: int, scale: int) -> None:
     """The ramp from 1 (top) to 0, with its values written beside it."""
-    canvas[y : y + height, x : x + 10 * scale] = _colours(np.linspace(1.0, 0.0, height))[:, None]
+    canvas[y : y + height, x : x + 10 * scale] = colours(np.linspace(1.0, 0.0, height))[:, None]
     half = _GLYPH_HEIGHT * scale // 2
     marks = {0: "100%", height - 1: "0%"}
     if height >= 60 * scale:  # room for three labels

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .steps import UNWATCHED, Watch
+
 
 @dataclass(frozen=True, eq=False)
 class LoRALayer:
@@ -95,11 +97,12 @@ class LoRA(Mapping[str, LoRALayer]):
         layers = {n: LoRALayer(layer.A, layer.B, layer.alpha * strength) for n, layer in self.layers.items()}
         return LoRA(layers, self.metadata)
 
-    def reduced(self, rank: int) -> "LoRA":
+    def reduced(self, rank: int, watch: Watch = UNWATCHED) -> "LoRA":
         """The closest LoRA (each dW in the Frobenius norm) of at most this rank, in canonical form."""
         if rank < 1:
             raise ValueError(f"rank {rank}: a LoRA has a rank of 1 or more.")
-        return LoRA({name: layer.truncated(rank) for name, layer in self.layers.items()}, self.metadata)
+        layers = watch.each(self.layers.items(), len(self))
+        return LoRA({name: layer.truncated(rank) for name, layer in layers}, self.metadata)
 
     def canonical(self) -> "LoRA":
         """The same dW in canonical (SVD) form: B = U sqrt(S), A = sqrt(S) V^T, signs fixed, alpha = r."""

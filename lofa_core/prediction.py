@@ -4,6 +4,7 @@ import gc
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +14,9 @@ from .base_models import BaseWeights, TargetLayer
 from .conditions import Conditions
 from .hypernetwork import Hypernetwork, Response
 from .lora import LoRA, LoRALayer
+from .steps import Progress
 from .trunk import Layers
 
-Progress = Callable[[int, int], None]  # (layers done, layers in all)
 Batch = Callable[[Layers, list[TargetLayer]], None]
 log = logging.getLogger(__name__)
 
@@ -94,8 +95,8 @@ def predict(
 
     Runs on `device` in `dtype`, `batch_size` layers at a time (None: what the device does best), and reports
     after each batch. A batch that does not fit into memory is halved and done again; MemoryError where one
-    layer alone does not fit. `check_cancelled` is called before each batch and may raise; nothing is kept
-    then.
+    layer alone does not fit. `check_cancelled` is called before each batch and each block of the
+    networks and may raise; nothing is kept then.
     """
     started = time.perf_counter()
     network, given = _ready(hypernetwork, conditions, device, dtype)
@@ -204,26 +205,42 @@ def _in_batches(
     layers = fitting_layers(hypernetwork, base)
     size = batch_size or default_batch_size(hypernetwork, device)
     left, done = list(hypernetwork.base.by_shape().values()), 0
-    while left:
-        if check_cancelled is not None:
-            check_cancelled()
-        chosen = left[0][:size]
-        if _fits(batch, hypernetwork, base, layers, chosen, device):
-            left = [left[0][size:], *left[1:]] if len(left[0]) > size else left[1:]
-            done += len(chosen)
-            if progress is not None:
-                progress(done, len(layers))
-            continue
-        if len(chosen) == 1:
-            raise MemoryError(
-                f"There is not enough memory on {device} to predict even one layer at a time. "
-                "Close other programs, or use another device or bfloat16."
-            )
-        size = len(chosen) // 2
-        log.warning("Not enough memory on %s; going on with %d layers at a time.", device, size)
-        gc.collect()
-        if torch.device(device).type == "cuda":
-            torch.cuda.empty_cache()
+    with _asked_often(hypernetwork, check_cancelled):
+        while left:
+            if check_cancelled is not None:
+                check_cancelled()  # before weights are read, too
+            chosen = left[0][:size]
+            if _fits(batch, hypernetwork, base, layers, chosen, device):
+                left = [left[0][size:], *left[1:]] if len(left[0]) > size else left[1:]
+                done += len(chosen)
+                if progress is not None:
+                    progress(done, len(layers))
+                continue
+            if len(chosen) == 1:
+                raise MemoryError(
+                    f"There is not enough memory on {device} to predict even one layer at a time. "
+                    "Close other programs, or use another device or bfloat16."
+                )
+            size = len(chosen) // 2
+            log.warning("Not enough memory on %s; going on with %d layers at a time.", device, size)
+            gc.collect()
+            if torch.device(device).type == "cuda":
+                torch.cuda.empty_cache()
+
+
+@contextmanager
+def _asked_often(hypernetwork: Hypernetwork, check_cancelled: Callable[[], None] | None) -> Iterator[None]:
+    """Call `check_cancelled` before each block: on a slow processor one batch of layers takes seconds."""
+    if check_cancelled is None:
+        yield
+        return
+    blocks = (*hypernetwork.stage1.trunk.blocks, *hypernetwork.stage2.trunk.blocks)
+    hooks = [block.register_forward_pre_hook(lambda *_: check_cancelled()) for block in blocks]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def default_batch_size(hypernetwork: Hypernetwork, device: torch.device | str) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor
 from .base_models import WAN_KINDS, describe
 from .descriptions import BaseDescription, ConditionDescription, HypernetworkConfig, LayerDescription
 from .hypernetwork import Hypernetwork
+from .steps import UNWATCHED, Watch
 
 RELEASED_DESIGN: dict[str, Any] = {
     "weight_input": "column_rms",
@@ -81,7 +82,11 @@ _FUSED = ("self_attention.q", "self_attention.kv")  # both are rows of the publi
 
 
 def load_released(
-    stage1: Path | str, stage2: Path | str, dtype: torch.dtype | None = torch.float32
+    stage1: Path | str,
+    stage2: Path | str,
+    dtype: torch.dtype | None = torch.float32,
+    *,
+    watch: Watch = UNWATCHED,
 ) -> Hypernetwork:
     """The two published files as one hypernetwork for prediction, its weights in `dtype` (None: as stored).
 
@@ -105,7 +110,7 @@ def load_released(
             if key.startswith(f"{stage}.")
         }
         _check_shapes(published, _published_shapes(expected), path)
-        for name, shape in expected.items():
+        for name, shape in watch.each(expected.items(), len(hypernetwork.own_state()), len(tensors)):
             value = _take(published, name).reshape(shape)
             tensors[f"{stage}.{name}"] = value.to(dtype or value.dtype, copy=True)
     assert hypernetwork is not None

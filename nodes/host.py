@@ -1,5 +1,6 @@
 """What touches ComfyUI's internals; no other file of the pack but host_guidance.py imports them."""
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from ..lofa_core import miniature
 from ..lofa_core.base_models import BaseWeights
+from ..lofa_core.steps import Watch
 
 log = logging.getLogger(__name__)
 
@@ -68,9 +70,25 @@ def lora_file(name: str) -> Path:
     return Path(folder_paths.get_full_path_or_raise("loras", name))
 
 
-def file_state(paths: Sequence[Path]) -> list[tuple[str, int, int]]:
-    """What changes when a file does, without reading it: a hypernetwork may have gigabytes."""
-    return [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths]
+_hashes: dict[Path, tuple[tuple[int, ...], str]] = {}  # what the file system said, and the hash then
+
+
+def content_hashes(paths: Sequence[Path]) -> list[str]:
+    """What changes when a file's content does, and only then.
+
+    A file is read again only where the file system says that it may have changed: a hypernetwork may have
+    gigabytes. The change time is part of that, because whoever writes a file can set its modification time.
+    """
+    return [_content_hash(path) for path in paths]
+
+
+def _content_hash(path: Path) -> str:
+    found = path.stat()
+    state = (found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_dev, found.st_ino)
+    if path not in _hashes or _hashes[path][0] != state:
+        with path.open("rb") as file:
+            _hashes[path] = state, hashlib.file_digest(file, "sha256").hexdigest()
+    return _hashes[path][1]
 
 
 def read_picture(path: Path) -> Tensor:
@@ -132,6 +150,11 @@ def progress() -> Callable[[int, int], None]:
 def check_cancelled() -> None:
     """Raises ComfyUI's interruption where the artist pressed cancel."""
     comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+def watch() -> Watch:
+    """The running node's progress bar and the cancel button, for work of many steps."""
+    return Watch(progress(), check_cancelled)
 
 
 def show_text(node_id: str, text: str) -> None:

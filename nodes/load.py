@@ -50,7 +50,7 @@ class LoadHypernetwork(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, hypernetwork, stage2=host.NO_STAGE2):
-        return host.file_state(host.hypernetwork_files(hypernetwork, stage2))
+        return host.content_hashes(host.hypernetwork_files(hypernetwork, stage2))
 
     @classmethod
     def execute(cls, hypernetwork, stage2=host.NO_STAGE2) -> io.NodeOutput:
@@ -62,7 +62,9 @@ class LoadHypernetwork(io.ComfyNode):
         if not published and not alone:
             raise ValueError(f"{hypernetwork} is whole: set stage2 to {host.NO_STAGE2}, not {stage2}.")
         load = load_released if published else load_hypernetwork
-        return io.NodeOutput(load(*host.hypernetwork_files(hypernetwork, stage2), dtype=None))
+        return io.NodeOutput(
+            load(*host.hypernetwork_files(hypernetwork, stage2), dtype=None, watch=host.watch())
+        )
 
 
 class LoadMiniature(io.ComfyNode):

@@ -106,7 +106,9 @@ class BlendLoRAs(io.ComfyNode):
     @classmethod
     def execute(cls, first, second, first_weight, second_weight, rank) -> io.NodeOutput:
         blend = LoRA.blend([(from_state_dict(first), first_weight), (from_state_dict(second), second_weight)])
-        return io.NodeOutput(LoRAState(to_state_dict(blend.reduced(rank) if rank else blend), {}))
+        return io.NodeOutput(
+            LoRAState(to_state_dict(blend.reduced(rank, host.watch()) if rank else blend), {})
+        )
 
 
 class ResponseFromLoRA(io.ComfyNode):
@@ -156,7 +158,7 @@ class ResponseFromLoRA(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, model, lora_name, threshold):
-        return [host.file_state([host.lora_file(lora_name)]), threshold]
+        return [host.content_hashes([host.lora_file(lora_name)]), threshold]
 
     @classmethod
     def execute(cls, model, lora_name, threshold) -> io.NodeOutput:

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from lofa_core.base_models import WAN_KINDS
-from lofa_core.heatmap import render
+from lofa_core.heatmap import overview, render
 
 LOW, HIGH, GREY = (68, 1, 84), (253, 231, 37), (214, 214, 218)
 
@@ -90,3 +90,23 @@ def test_bad_maps_are_refused():
         render({"text_model.layers.0": torch.ones(4, 4)})
     with pytest.raises(ValueError, match="at least 16"):
         render(wan(0.5), cell=8)
+
+
+@pytest.mark.parametrize("depths", [4, 30, 40])
+def test_the_overview_fits_a_node_however_many_depths_there_are(depths):
+    picture = overview(wan(1.0, depths=range(depths), shape=(8, 8)))
+    assert picture.shape[0] < 800 and picture.shape[1] < 800
+    assert count(picture, HIGH) > 0.9 * 8 * 40 * min(40, 448 // depths) * depths * 0.8
+
+
+def test_low_rows_are_labelled_now_and_then():
+    every = render(wan(0.5, depths=range(12)), cell=32, height=6, scale=1)
+    first = render(wan(0.5, depths=range(1)), cell=32, height=6, scale=1)
+    ink = (every[:, :40] == 40).all(-1) | (every[:, :40] == (40, 40, 46)).all(-1)
+    assert first.shape[1] <= every.shape[1] and 0 < ink.any(1).sum() < 12 * 7
+
+
+def test_sdxls_columns_have_short_labels():
+    block = "down_blocks.1.attentions.0.transformer_blocks.0"
+    narrow = render({f"{block}.attn1.to_out.0": torch.ones(8, 8)}, cell=48)
+    assert narrow.shape[1] == render({f"{block}.attn1.to_q": torch.ones(8, 8)}, cell=48).shape[1]

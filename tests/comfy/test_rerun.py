@@ -1,0 +1,108 @@
+"""What runs again in the real ComfyUI, and what is taken from its cache: counted by its nodes."""
+
+import os
+import shutil
+
+import pytest
+from listening import listening
+from test_nodes import predict_lora, sample
+
+from lofa_core import miniature
+
+OTHER = "a person swings the right leg widely and slowly, slides left, upright, feet apart"
+LOADERS = {"1", "2"}
+
+
+@pytest.fixture
+def listener(server):
+    with listening(server.url) as listener:
+        yield listener
+
+
+@pytest.fixture
+def own_file(server):
+    file = server.data / "models/lofa/own.safetensors"
+    shutil.copy(miniature.HYPERNETWORK, file)
+    yield file
+    file.unlink()
+
+
+def heatmap(prompt: dict) -> dict:
+    return prompt | {"5": {"class_type": "LoFAResponseHeatmap", "inputs": {"response": ["4", 2], "cell": 32}}}
+
+
+def with_file(name: str) -> dict:
+    prompt = heatmap(predict_lora())
+    prompt["2"]["inputs"]["hypernetwork"] = name
+    return prompt
+
+
+def test_nothing_runs_again_where_nothing_changed(listener):
+    prompt = heatmap(predict_lora()) | sample(["4", 1], "again", 10)
+    assert listener.run(prompt).ended == "success"
+    again = listener.run(prompt)
+    assert (again.ran, again.cached, again.ended) == ([], set(prompt), "success")
+
+
+def test_a_changed_sentence_runs_what_depends_on_it(listener):
+    listener.run(heatmap(predict_lora()) | sample(["1", 0], "base", 10) | sample(["4", 1], "own", 20))
+    changed = listener.run(
+        heatmap(predict_lora(text=OTHER)) | sample(["1", 0], "base", 10) | sample(["4", 1], "own", 20)
+    )
+    assert set(changed.ran) == {"3", "4", "5", "23", "24", "25"}
+    assert changed.cached >= LOADERS
+
+
+def test_another_prompt_or_seed_of_the_sampler_predicts_nothing(listener):
+    prompt = predict_lora() | sample(["4", 1], "own", 10)
+    listener.run(prompt)
+    prompt["11"]["inputs"]["text"] = "a person"
+    assert set(listener.run(prompt).ran) == {"11", "13", "14", "15"}
+    prompt["13"]["inputs"]["seed"] = 8
+    assert set(listener.run(prompt).ran) == {"13", "14", "15"}
+
+
+def test_a_touched_hypernetwork_file_runs_nothing_again(listener, own_file):
+    prompt = with_file(own_file.name)
+    assert "2" in listener.run(prompt).ran
+    os.utime(own_file, (1, 1))
+    assert listener.run(prompt).ran == []
+    copy = own_file.with_suffix(".copy")  # another file of the same content in its place
+    shutil.copy(own_file, copy)
+    copy.replace(own_file)
+    assert listener.run(prompt).ran == []
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_another_file_of_equal_size_and_time_runs_what_depends_on_it(listener, own_file, in_place):
+    prompt = with_file(own_file.name)
+    listener.run(prompt)
+    before = own_file.stat()
+    content = bytearray(own_file.read_bytes())
+    content[-1] ^= 1
+    target = own_file if in_place else own_file.with_suffix(".copy")
+    target.write_bytes(content)
+    os.utime(target, ns=(before.st_atime_ns, before.st_mtime_ns))
+    if not in_place:
+        target.replace(own_file)
+    after = own_file.stat()
+    assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    changed = listener.run(prompt)
+    assert set(changed.ran) == {"2", "3", "4", "5"} and changed.cached == {"1"}
+
+
+def test_a_touched_lora_file_runs_nothing_again(listener, server):
+    save = {"class_type": "LoFASaveLoRA", "inputs": {"lora": ["4", 0], "filename_prefix": "loras/touched"}}
+    save["inputs"]["layout"] = "default"
+    (shown,) = listener.run(predict_lora() | {"5": save}).outputs["5"]["text"]
+    prompt = {
+        "1": {"class_type": "LoFALoadMiniature", "inputs": {}},
+        "2": {
+            "class_type": "LoFAResponseFromLoRA",
+            "inputs": {"model": ["1", 0], "lora_name": shown.removeprefix("output/loras/"), "threshold": 2.0},
+        },
+        "3": {"class_type": "LoFAResponseHeatmap", "inputs": {"response": ["2", 0], "cell": 32}},
+    }
+    assert "2" in listener.run(prompt).ran
+    os.utime(server.data / shown, (1, 1))
+    assert listener.run(prompt).ran == []
