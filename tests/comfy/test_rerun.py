@@ -1,13 +1,18 @@
-"""What runs again in the real ComfyUI, and what is taken from its cache: counted by its nodes."""
+"""What runs again in the real ComfyUI, what is taken from its cache, and what a cancelled run leaves."""
 
 import os
 import shutil
+import time
+from dataclasses import replace
 
 import pytest
+import torch
 from listening import listening
 from test_nodes import predict_lora, sample
+from tiny import CONFIG, network
 
 from lofa_core import miniature
+from lofa_core.checkpoint import describe_hypernetwork, save_hypernetwork
 
 OTHER = "a person swings the right leg widely and slowly, slides left, upright, feet apart"
 LOADERS = {"1", "2"}
@@ -106,3 +111,30 @@ def test_a_touched_lora_file_runs_nothing_again(listener, server):
     assert "2" in listener.run(prompt).ran
     os.utime(server.data / shown, (1, 1))
     assert listener.run(prompt).ran == []
+
+
+@pytest.fixture
+def large_file(server):
+    """A hypernetwork that takes many seconds: 12 blocks a stage over 256 patches of each layer."""
+    file = server.data / "models/lofa/large.safetensors"
+    config = replace(CONFIG, rank=4, grid=(16, 16), width=256, heads=4, blocks=12, mlp_ratio=4)
+    known = describe_hypernetwork(miniature.HYPERNETWORK)
+    text = (known.conditions["text"],)
+    save_hypernetwork(network(1, config, known.base, conditions=text), file, dtype=torch.bfloat16)
+    yield file
+    file.unlink()
+
+
+def test_cancelling_a_prediction_stops_within_a_second_and_the_next_workflow_runs(listener, large_file):
+    prompt_id = listener.queue(with_file(large_file.name))
+    for kind, data in listener.messages():
+        assert kind not in ("execution_error", "execution_success"), data
+        if kind == "progress" and data["node"] == "4" and data["value"] > 0:
+            break
+    assert data["value"] < data["max"]
+    cancelled = time.monotonic()
+    listener.post("/interrupt", {})
+    assert listener.until_ended(prompt_id).ended == "interrupted"
+    assert time.monotonic() - cancelled < 1.0
+    after = listener.run(heatmap(predict_lora()))
+    assert after.ended == "success" and after.outputs["5"]["images"]
