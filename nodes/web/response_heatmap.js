@@ -13,12 +13,16 @@ const STYLE = `
   font: 14px/1.5 system-ui, sans-serif; }
 .lofa-heatmap::backdrop { background: rgb(0 0 0 / 60%); }
 .lofa-heatmap h2 { margin: 0 0 8px; font-size: 16px; }
-.lofa-heatmap .lofa-columns { display: flex; flex-wrap: wrap; gap: 24px; align-items: flex-start; }
-.lofa-heatmap .lofa-maps { display: flex; flex-wrap: wrap; gap: 16px; }
+.lofa-heatmap .lofa-columns { display: flex; gap: 24px; align-items: flex-start; }
+.lofa-heatmap .lofa-maps { display: flex; gap: 16px; }
 .lofa-heatmap figure { margin: 0; }
-.lofa-heatmap figure canvas { image-rendering: pixelated; }
+.lofa-heatmap figure canvas { image-rendering: pixelated; width: min(400px, 27vw); }
+.lofa-heatmap .lofa-scale { display: flex; align-items: center; gap: 8px; }
+.lofa-heatmap .lofa-scale span { width: 160px; height: 10px; background: linear-gradient(to right,
+  #440154, #472c7a, #3b518b, #2c718e, #21908d, #27ad81, #5cc863, #aadc32, #fde725); }
 .lofa-heatmap .lofa-grid { cursor: pointer; outline-offset: 4px; }
-.lofa-heatmap dl { display: grid; grid-template-columns: max-content auto; gap: 0 16px; margin: 12px 0; }
+.lofa-heatmap dl { display: grid; grid-template-columns: max-content auto; gap: 0 16px; margin: 12px 0;
+  max-width: 320px; }
 .lofa-heatmap dt { opacity: 0.7; }
 .lofa-heatmap dd { margin: 0; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 `;
@@ -159,8 +163,10 @@ function fillDialog(dialog, images, layers, tiles) {
             choose(next);
         }
     });
-    const right = element("div", {}, element("div", { className: "lofa-maps" }, ...large.map((one) => one.figure)), list);
-    dialog.append(element("div", { className: "lofa-columns" }, canvas, right));
+    const scale = element("div", { className: "lofa-scale" }, "0%", element("span"), "100% likely to change");
+    const left = element("div", {}, canvas, list, scale);
+    const right = element("div", { className: "lofa-maps" }, ...large.map((one) => one.figure));
+    dialog.append(element("div", { className: "lofa-columns" }, left, right));
     choose(0);
     canvas.focus();
 }
