@@ -10,7 +10,7 @@ const GRID = { width: 320, height: 460, left: 30, top: 34, gap: 1 };
 const STYLE = `
 .lofa-heatmap { background: var(--comfy-menu-bg, #2b2b2b); color: var(--input-text, #ddd);
   border: 1px solid var(--border-color, #555); border-radius: 8px; padding: 16px; max-width: 96vw;
-  font: 14px/1.5 system-ui, sans-serif; }
+  font: 14px/1.5 system-ui, sans-serif; pointer-events: auto; }
 .lofa-heatmap::backdrop { background: rgb(0 0 0 / 60%); }
 .lofa-heatmap h2 { margin: 0 0 8px; font-size: 16px; }
 .lofa-heatmap .lofa-columns { display: flex; gap: 24px; align-items: flex-start; }
