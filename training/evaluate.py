@@ -11,12 +11,14 @@ import torch
 from accelerate.utils import gather_object
 
 from lofa_core.hypernetwork import Hypernetwork
+from lofa_core.lora_diffusion import LoRADiffusion
 
 from .baselines.simple import mean_lora, nearest_lora, ridge_lora
 from .config import EvaluationConfig
 from .factors import Factors
 from .judge import Judge, Method, predicted_factors, response_figures
 from .lora_dataset import LoRADataset
+from .lora_diffusion import drawn_factors, spread
 from .miniature import evaluator as evaluator_module
 from .miniature.tasks import MiniatureTasks
 from .miniature.world_tasks import WorldTask
@@ -44,9 +46,11 @@ def evaluate(
     report: Report = lambda name, figures: None,
     sharing: Sharing = Sharing(),
     more: bool = False,
+    diffusion: LoRADiffusion | None = None,
 ) -> dict:
     """All tables with their summaries; `known` are the training LoRAs, `wanted` those of the held-out tasks.
-    `more` adds what a known wording, guidance and strength would do.
+    `more` adds what a known wording, guidance and strength would do, `diffusion` a row and how far its LoRAs
+    of several seeds are apart.
 
     Actions: "rows" and their summary. Looks, and both at once, likewise under "looks" and "both".
     """
@@ -61,7 +65,9 @@ def evaluate(
         if not asked:
             continue
         of_sort = _of_sort(known, place == "looks"), _of_sort(wanted, place == "looks")
-        table = _one_sort(hypernetwork, data, settings, *of_sort, asked, evaluator, report, sharing, more)
+        table = _one_sort(
+            hypernetwork, data, settings, *of_sort, asked, evaluator, report, sharing, more, diffusion
+        )
         found |= table if place is None else {place: table}
     if {"text", "style"} <= set(data.kinds):
         found["both"] = _both(hypernetwork, data, settings, evaluator, report, sharing)
@@ -74,7 +80,9 @@ def _of_sort(loras: LoRADataset, looks: bool) -> LoRADataset:
     return LoRADataset(loras.loras[torch.tensor(rows)], [loras.tasks[row] for row in rows])
 
 
-def _one_sort(hypernetwork, data, settings, known, wanted, kinds, evaluator, report, sharing, more) -> dict:
+def _one_sort(
+    hypernetwork, data, settings, known, wanted, kinds, evaluator, report, sharing, more, diffusion
+) -> dict:
     """The table of actions, or of looks, under each of `kinds`."""
     judge = Judge(data, wanted.tasks, settings, evaluator)
     told = {kind: held_out_conditions(data, judge, kind) for kind in kinds}
@@ -92,6 +100,10 @@ def _one_sort(hypernetwork, data, settings, known, wanted, kinds, evaluator, rep
         methods.append(Method(name, predicted))
         if kind == kinds[0]:
             methods.append(Method("LoFA, fine prompt", predicted, "fine"))
+    if diffusion is not None:
+        for kind in (kind for kind in kinds if kind in diffusion.conditions):
+            name = "LoRA Diffusion" if kind == kinds[0] else f"LoRA Diffusion, {kind}"
+            methods.append(Method(name, drawn_factors(diffusion, data, told[kind])))
     methods += [
         Method("per-task LoRA", wanted.loras),
         Method("per-task LoRA, fine prompt", wanted.loras, "fine"),
@@ -105,7 +117,10 @@ def _one_sort(hypernetwork, data, settings, known, wanted, kinds, evaluator, rep
         ]
     rows = _measured(judge, methods, report, sharing)
     maps = response_figures(hypernetwork, data, told[kinds[0]], known, wanted)
-    return {"rows": rows, "condition": kinds[0], **summarise(rows), **maps}
+    found = {"rows": rows, "condition": kinds[0], **summarise(rows), **maps}
+    if diffusion is not None and kinds[0] in diffusion.conditions:
+        found["lora_diffusion"] = spread(diffusion, data, told[kinds[0]], wanted.loras)
+    return found
 
 
 def _both(hypernetwork, data, settings, evaluator, report, sharing) -> dict:

@@ -18,11 +18,11 @@ from rich.table import Table
 from torch import Tensor
 
 from lofa_core import miniature
-from lofa_core.checkpoint import load_hypernetwork, save_hypernetwork
+from lofa_core.checkpoint import load_generator, load_hypernetwork, save_hypernetwork, save_lora_diffusion
 from lofa_core.descriptions import HypernetworkConfig
 from lofa_core.hypernetwork import Hypernetwork
 
-from . import cluster
+from . import cluster, lora_diffusion
 from .config import DiffusionConfig, TrainingConfig
 from .data import published
 from .data.cache import CacheSummary, cache_dataset
@@ -37,7 +37,7 @@ from .miniature import evaluator as evaluator_module
 from .readme import write_figures
 from .samples import write_samples
 from .stages import Diffusion, Stage1, Stage2
-from .trainer import train
+from .trainer import Stage, train
 
 SHIPPED = Path(__file__).parent / "miniature"  # the LoRAs that the README's figures rest on
 
@@ -134,6 +134,24 @@ class Run:
         self._train(stage)
         self._finish(stage, network)
 
+    def lora_diffusion(self) -> None:
+        """LoRA Diffusion, the VAE first; writes lora_diffusion.safetensors."""
+        known, held_out = self._dataset("training"), self._held_out()
+        network = lora_diffusion.new_network(self.config, *self.data.descriptions())
+        vae = lora_diffusion.LoRAVAEStage(network, known, held_out, self.config.lora_vae, self.device)
+        self._train(vae)
+        vae.finish()
+        stage = lora_diffusion.LoRADiffusionStage(
+            network, self.data, known, held_out, self.config.lora_diffusion, self.device
+        )
+        self._train(stage)
+        stage.finish()
+        path = self.folder / lora_diffusion.FILE
+        if self.process == 0:
+            save_lora_diffusion(network.eval(), path, dtype=getattr(torch, self.config.stored_as))
+            self.console.print(f"wrote {path}", soft_wrap=True)
+        self.accelerator.wait_for_everyone()
+
     def _finish(self, stage: Diffusion, network: Hypernetwork) -> None:
         """Keep the averaged weights, and show what they do: samples/."""
         stage.finish()
@@ -159,7 +177,7 @@ class Run:
                 "distillation_weight = 0."
             )
 
-    def _train(self, stage: Stage1 | Diffusion) -> None:
+    def _train(self, stage: Stage) -> None:
         # A step's tasks need not show every kind of condition to every process, nor its layers every shape.
         many = len(self.data.kinds) > 1 or len(self.data.base_description().by_shape()) > 1
         several = DistributedDataParallelKwargs(find_unused_parameters=many)
@@ -189,9 +207,11 @@ class Run:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.processes))
         own = self.folder / "hypernetwork.safetensors"
         network = load_hypernetwork(hypernetwork or (own if own.exists() else miniature.HYPERNETWORK))
+        second = self.folder / lora_diffusion.FILE
         found = evaluate(
             network, self.data, self.config.evaluation, self._packed("training"), self._packed("held_out"),
             evaluator_module.load(), self._say_row, Sharing(self.process, self.processes), more,
+            load_generator(second) if second.exists() else None,
         )  # fmt: skip
         found = _rounded(found | {"seconds": time.time() - started})
         if self.process == 0:

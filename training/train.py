@@ -10,6 +10,8 @@
         the LoRAs themselves (Stage II), from Stage I
     python training/train.py end-to-end --config ...
         both stages at once from clips alone, without LoRAs to learn from
+    python training/train.py lora-diffusion --config ...
+        LoRA Diffusion, from the same LoRAs: a second generator, which draws another LoRA for every seed
     python training/train.py all --config ...
         cache (where there is a folder), lora-dataset, stage1 and stage2 in their order
     python training/train.py evaluate --config ...
@@ -41,7 +43,17 @@ from rich.text import Text
 
 from training.config import load_config
 
-COMMANDS = ("cache", "lora-dataset", "stage1", "stage2", "end-to-end", "all", "evaluate", "ship")
+COMMANDS = (
+    "cache",
+    "lora-dataset",
+    "stage1",
+    "stage2",
+    "end-to-end",
+    "all",
+    "evaluate",
+    "ship",
+    "lora-diffusion",
+)
 
 
 def main() -> int:
