@@ -30,7 +30,7 @@ def predict(
     """The LoRA for the conditions of one task; other arguments as of `prediction.predict`.
 
     LoRA Diffusion draws it from `seed`, always in float32, and gives no response maps; a hypernetwork takes
-    no notice of the seed. Raises ValueError where base or conditions are not what the generator was trained for.
+    no notice of the seed. Raises ValueError where base or conditions are not what it was trained for.
     """
     if not isinstance(generator, LoRADiffusion):
         return prediction.predict(

@@ -4,7 +4,7 @@ After LoRA Diffusion (arXiv 2412.02352): singular vectors and values in a fixed 
 variance, through a VAE to one latent. Sizes, and a map for each layer, are ours.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -47,7 +47,8 @@ class LoRACodec(nn.Module):
         """
         found = []
         for statistics, pair in zip(self._each(), self._factors(loras), strict=True):
-            A, B = statistics.normalise(*pair, torch.arange(pair[0].shape[1]))
+            index = torch.arange(pair[0].shape[1], device=pair[0].device)
+            A, B = statistics.normalise(*pair, index)
             found.append(torch.cat([A.flatten(2), B.flatten(2)], -1))
         return found
 
@@ -76,12 +77,12 @@ class LoRACodec(nn.Module):
 
     def _factors(self, loras: Sequence[LoRA]) -> list[tuple[Tensor, Tensor]]:
         """A [K, L, r, in] and B [K, L, out, r] of each shape, dW = B A."""
-        formed = [self._formed(lora) for lora in loras]
+        formed, device = [self._formed(lora) for lora in loras], next(self._each()).A_mean.device
         found = []
         for places in self.base.by_shape().values():
             names = [self.base.layers[place].name for place in places]
             A, B = zip(*(zip(*(lora[name] for name in names), strict=True) for lora in formed), strict=True)
-            found.append((torch.stack([torch.stack(a) for a in A]), torch.stack([torch.stack(b) for b in B])))
+            found.append((_stacked(A).to(device), _stacked(B).to(device)))
         return found
 
     def _formed(self, lora: LoRA) -> dict[str, tuple[Tensor, Tensor]]:
@@ -105,6 +106,10 @@ class LoRACodec(nn.Module):
         missing = self.rank - layer.rank
         B = layer.B.float() * (layer.alpha / layer.rank)
         return F.pad(layer.A.float(), (0, 0, 0, missing)), F.pad(B, (0, missing))
+
+
+def _stacked(rows: Iterable[Sequence[Tensor]]) -> Tensor:
+    return torch.stack([torch.stack(list(row)) for row in rows])
 
 
 class PerLayer(nn.Module):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lofa_core.conditions import Conditions, Given
+from lofa_core.conditions import Conditions
 from lofa_core.descriptions import BaseDescription, ConditionDescription
 from lofa_core.lora import LoRA, LoRALayer
 from lofa_core.lora_diffusion import LoRADiffusion, noised, starting_noise, velocity
@@ -19,7 +19,7 @@ from lofa_core.lora_diffusion import LoRADiffusionConfig as NetworkConfig
 from lofa_core.lora_latent import drawn, kl_divergence
 from lofa_core.response_map import centred_cosine, cosine
 
-from .config import LoRADiffusionConfig, LoRAVAEConfig, TrainingConfig
+from .config import LoRADiffusionConfig, LoRAVAEConfig, StageConfig, TrainingConfig
 from .data.folder_tasks import Tasks
 from .factors import Factors
 from .looks import on
@@ -66,7 +66,21 @@ def factors_of(loras: Sequence[LoRA], base: BaseDescription) -> Factors:
     return Factors(tuple(A), tuple(B))
 
 
-class LoRAVAEStage:
+class _OfKnown:
+    """What both stages share: every item of a step is one of the tasks with a LoRA."""
+
+    known: LoRADataset
+    settings: StageConfig
+
+    def tasks(self, step: int, items: Sequence[int]) -> list[str]:
+        return [self.known.tasks[pick].id for pick, _ in self._drawn(step, items)]
+
+    def _drawn(self, step: int, items: Sequence[int]) -> list[tuple[int, np.random.Generator]]:
+        draws = [draw(self.settings.seed, step, item) for item in items]
+        return [(int(rng.integers(len(self.known.tasks))), rng) for rng in draws]
+
+
+class LoRAVAEStage(_OfKnown):
     """Fits the VAE to the training LoRAs: their numbers out of noisy ones, and a latent near Normal(0, 1)."""
 
     name = "lora_vae"
@@ -81,17 +95,9 @@ class LoRAVAEStage:
     ):
         self.network, self.known, self.held_out, self.settings = network, known, held_out, settings
         loras = loras_of(known.loras, network.base)
-        network.codec.fit(loras)
-        self.numbers = [own.to(device) for own in network.codec.numbers(loras)]
-        self.module = network.to(device).vae
+        network.to(device).codec.fit(loras)
+        self.numbers, self.module = network.codec.numbers(loras), network.vae
         self.weights = {"reconstruction": 1.0, "kl": settings.kl_weight}
-
-    def tasks(self, step: int, items: Sequence[int]) -> list[str]:
-        return [self.known.tasks[pick].id for pick, _ in self._drawn(step, items)]
-
-    def _drawn(self, step: int, items: Sequence[int]) -> list[tuple[int, np.random.Generator]]:
-        draws = [draw(self.settings.seed, step, item) for item in items]
-        return [(int(rng.integers(len(self.known.tasks))), rng) for rng in draws]
 
     def losses(self, model: nn.Module, step: int, items: Sequence[int]) -> dict[str, Tensor]:
         drawn_items = self._drawn(step, items)
@@ -128,10 +134,8 @@ class LoRAVAEStage:
     def _rebuilt(self, dataset: LoRADataset, mean: Tensor) -> float:
         network, rows = self.network, _some_rows(dataset)
         real = dataset.loras[torch.tensor(rows)]
-        numbers = network.codec.cpu().numbers(loras_of(real, network.base))
-        device = next(self.module.parameters()).device
-        latent, _ = network.vae.encode([own.to(device) for own in numbers])
-        back = factors_of(network.codec.to(device).loras(network.vae.decode(latent)), network.base)
+        latent, _ = network.vae.encode(network.codec.numbers(loras_of(real, network.base)))
+        back = factors_of(network.codec.loras(network.vae.decode(latent)), network.base)
         deltas = [(flat(back[i : i + 1].deltas()), flat(real[i : i + 1].deltas())) for i in range(len(rows))]
         return float(np.mean([centred_cosine(one, other, mean) for one, other in deltas]))
 
@@ -141,7 +145,7 @@ class LoRAVAEStage:
         self.network.fit_latents(*self.network.vae.encode(self.numbers))
 
 
-class LoRADiffusionStage:
+class LoRADiffusionStage(_OfKnown):
     """Fits the denoiser to the latents of the training LoRAs under their tasks' conditions."""
 
     name = "lora_diffusion"
@@ -159,17 +163,10 @@ class LoRADiffusionStage:
         self.network, self.data, self.known, self.held_out = network, data, known, held_out
         self.settings, self.device = settings, device
         with torch.no_grad():
-            numbers = network.cpu().codec.numbers(loras_of(known.loras, network.base))
-            self.mean, self.log_variance = (part.to(device) for part in network.vae.encode(numbers))
-        self.module = network.to(device).denoiser
+            numbers = network.to(device).codec.numbers(loras_of(known.loras, network.base))
+            self.mean, self.log_variance = network.vae.encode(numbers)
+        self.module = network.denoiser
         self.average = copy.deepcopy(self.module).requires_grad_(False)
-
-    def tasks(self, step: int, items: Sequence[int]) -> list[str]:
-        return [self.known.tasks[pick].id for pick, _ in self._drawn(step, items)]
-
-    def _drawn(self, step: int, items: Sequence[int]) -> list[tuple[int, np.random.Generator]]:
-        draws = [draw(self.settings.seed, step, item) for item in items]
-        return [(int(rng.integers(len(self.known.tasks))), rng) for rng in draws]
 
     def losses(self, model: nn.Module, step: int, items: Sequence[int]) -> dict[str, Tensor]:
         drawn_items = self._drawn(step, items)
@@ -208,8 +205,8 @@ class LoRADiffusionStage:
         rng, mean, found = np.random.default_rng(_SEED), _mean_delta(self.known), []
         rows = _some_rows(self.held_out)
         told = [self.data.plain_condition(self.held_out.tasks[row], rng) for row in rows]
-        network = copy.copy(self.network)
-        network._modules = self.network._modules | {"denoiser": self.average}
+        network = copy.deepcopy(self.network)
+        network.denoiser = self.average
         drawn_loras = drawn_factors(network, self.data, told)
         for i, row in enumerate(rows):
             guess = flat(drawn_loras[i : i + 1].deltas())
@@ -238,8 +235,8 @@ def drawn_factors(network: LoRADiffusion, data: Tasks, told: list[dict[str, Any]
 def spread(
     network: LoRADiffusion, data: Tasks, told: list[dict[str, Any]], own: Factors, seeds: int = 4
 ) -> dict[str, float]:
-    """How far LoRAs are apart (`relative_distance` of dW, the mean over pairs): those of several seeds for one
-    condition, those of one seed for different conditions, and the tasks' own LoRAs.
+    """How far LoRAs are apart (`relative_distance` of dW, the mean over pairs): those of several seeds for
+    one condition, those of one seed for different conditions, and the tasks' own LoRAs.
     """
     drawn_loras = [drawn_factors(network, data, told, seed) for seed in range(seeds)]
     of_task = [Factors.cat([loras[task : task + 1] for loras in drawn_loras]) for task in range(len(told))]
@@ -257,7 +254,7 @@ def mean_distance(loras: Factors) -> float:
 
 
 def relative_distance(one: Tensor, other: Tensor) -> float:
-    """||one - other|| over the root mean square of both norms: 0 for the same, sqrt(2) for orthogonal ones."""
+    """||one - other|| over the root mean square of both norms: 0 for the same, sqrt(2) for orthogonal."""
     size = (0.5 * (one.square().sum() + other.square().sum())).sqrt().clamp_min(1e-12)
     return float((one - other).norm() / size)
 
