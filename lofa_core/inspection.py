@@ -8,7 +8,13 @@ from pathlib import Path
 from torch import Tensor
 
 from .base_models import BaseWeights, TargetLayer, describe, open_safetensors
-from .checkpoint import DIFFUSION_FORMAT, FORMAT, describe_hypernetwork, describe_lora_diffusion
+from .checkpoint import (
+    DIFFUSION_FORMAT,
+    FORMAT,
+    Generator,
+    describe_hypernetwork,
+    describe_lora_diffusion,
+)
 from .descriptions import ConditionDescription, LayerDescription
 from .key_names import LAYOUTS, canonical_name, default_layout, layout_name
 from .lora import LoRA
@@ -118,7 +124,7 @@ def _lora_fits(lora: LoRA) -> str:
 
 def _hypernetwork(path: Path, metadata: dict[str, str]) -> Description:
     diffusion = metadata["format"] == DIFFUSION_FORMAT
-    hypernetwork = describe_lora_diffusion(path) if diffusion else describe_hypernetwork(path)
+    hypernetwork: Generator = describe_lora_diffusion(path) if diffusion else describe_hypernetwork(path)
     with open_safetensors(path) as handle:  # as stored: in memory it is float32
         dtypes = _dtypes(handle.get_tensor(key) for key in handle.keys())
     base = hypernetwork.base

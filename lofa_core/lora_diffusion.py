@@ -8,7 +8,7 @@ It does not look at the base weights, and has no response maps.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from .blocks import MLP
 from .conditions import Conditions
 from .conditions.encoders import make_encoder
-from .descriptions import BaseDescription, ConditionDescription
+from .descriptions import BaseDescription, ConditionDescription, Form, Target
 from .lora import LoRA
-from .lora_latent import Form, LoRACodec, LoRAVAE
+from .lora_latent import LoRACodec, LoRAVAE
 
-Target = Literal["x0", "v"]
 Denoise = Callable[[Tensor, Tensor], Tensor]  # (x_t [K, latent], t [K]) -> x0 [K, latent]
 
 

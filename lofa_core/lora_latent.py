@@ -5,21 +5,17 @@ variance, through a VAE to one latent. Sizes, and a map for each layer, are ours
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .blocks import MLP
-from .descriptions import BaseDescription
+from .descriptions import BaseDescription, Form
 from .lora import LoRA, LoRALayer
 from .normalisation import TargetStatistics
 from .trunk import shape_key
 
-# "canonical": B = U sqrt(S), A = sqrt(S) V^T. "trained": A and B as they are, for LoRAs that all started from
-# one A, which a rotation into singular vectors would pull apart.
-Form = Literal["canonical", "trained"]
 Numbers = list[Tensor]  # of K LoRAs: [K, L, r (in + out)] for each shape of layers
 
 

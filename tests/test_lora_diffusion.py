@@ -226,7 +226,7 @@ def trained(folder, vae=VAE, diffusion=DIFFUSION, stop_after=lambda step: None):
 @pytest.mark.parametrize("target", ["v", "x0"])
 def test_trained_on_three_loras_a_draw_for_each_condition_is_that_lora(tmp_path, target):
     net, data, known = trained(tmp_path, diffusion=replace(DIFFUSION, target=target))
-    told = [data.plain_condition(task, None) for task in known.tasks]
+    told = [data.condition(task, None) for task in known.tasks]
     for seed in range(2):
         found = drawn_factors(net, data, told, seed)
         real = known.loras.deltas()[0].flatten(1)

@@ -7,9 +7,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from lofa_core.descriptions import KINDS, Modulation, Readout, WeightInput
-from lofa_core.lora_diffusion import Target
-from lofa_core.lora_latent import Form
+from lofa_core.descriptions import KINDS, Form, Modulation, Readout, Target, WeightInput
 
 # Names of the reconstruction losses, in training/losses.py.
 RECONSTRUCTIONS = ("factors", "delta", "delta_cosine", "spectral", "canonical")

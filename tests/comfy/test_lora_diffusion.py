@@ -37,7 +37,6 @@ def test_that_there_are_no_response_maps_is_said(server, source):
     prompt["6"] = {"class_type": "LoFAPredictResponse", "inputs": inputs}
     slot = [source, 2 if source == "4" else 0]
     prompt["7"] = {"class_type": "LoFAResponseHeatmap", "inputs": {"response": slot, "cell": 16}}
-    said = server.fail(
-        {name: node for name, node in prompt.items() if name != ("6" if source == "4" else "4")}
-    )
+    left_out = "6" if source == "4" else "4"
+    said = server.fail({name: node for name, node in prompt.items() if name != left_out})
     assert "LoRA Diffusion" in said and "Response from LoRA" in said
