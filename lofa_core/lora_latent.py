@@ -108,6 +108,9 @@ def _stacked(rows: Iterable[Sequence[Tensor]]) -> Tensor:
     return torch.stack([torch.stack(list(row)) for row in rows])
 
 
+_LOG_VARIANCE = -6.0  # of a new VAE: nearly no noise, which would drown what it has to learn first
+
+
 class PerLayer(nn.Module):
     """A linear map of its own for each of L layers: [K, L, into] -> [K, L, out]."""
 
@@ -156,6 +159,21 @@ class LoRAVAE(nn.Module):
         self.decoder = nn.Sequential(
             nn.Linear(latent, width), *(Residual(width) for _ in range(blocks)), nn.Linear(width, together)
         )
+
+        nn.init.constant_(self.encoder[-1].bias[latent:], _LOG_VARIANCE)
+
+    @torch.no_grad()
+    def start(self, numbers: Numbers) -> None:
+        """Give each layer's maps the principal directions of these K LoRAs' numbers, in units in which they
+        have unit variance: a start from which what all layers share is soon learned.
+        """
+        for down, up, own in zip(self.down.values(), self.up.values(), numbers, strict=True):
+            _, size, directions = torch.linalg.svd(own.transpose(0, 1), full_matrices=False)  # [L, K, in]
+            kept = min(self.layer_width, directions.shape[1])
+            unit = (size[:, :kept].square().mean(1) / len(own)).sqrt().clamp_min(1e-8)[:, None, None]
+            directions = directions[:, :kept]
+            down.weight.zero_()[..., :kept] = directions.mT / unit
+            up.weight.zero_()[:, :kept] = directions * unit
 
     def encode(self, numbers: Numbers) -> tuple[Tensor, Tensor]:
         """(mean, log variance) of the latent, [K, latent] each."""

@@ -97,6 +97,7 @@ class LoRAVAEStage(_OfKnown):
         loras = loras_of(known.loras, network.base)
         network.to(device).codec.fit(loras)
         self.numbers, self.module = network.codec.numbers(loras), network.vae
+        network.vae.start(self.numbers)
         self.weights = {"reconstruction": 1.0, "kl": settings.kl_weight}
 
     def losses(self, model: nn.Module, step: int, items: Sequence[int]) -> dict[str, Tensor]:
