@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-WeightInput = Literal["magnitude", "column_rms"]
+WeightInput = Literal["magnitude", "column_rms", "constants", "condition"]
 Modulation = Literal["film", "layer_scale"]
 Readout = Literal["local", "pooled"]
 Kind = Literal["text", "pose", "style", "identity"]
@@ -26,10 +26,13 @@ class HypernetworkConfig:
     width: int = 128
     heads: int = 4
     blocks: int = 3
+    stage1_blocks: int = 0  # Stage I's, where it is to have fewer; 0: as many
     mlp_ratio: int = 4
     pooling_queries: int = 8
     feature_blocks: tuple[int, ...] = (0, 2)  # blocks of Stage II that attend to Stage I's features
     # "magnitude": W in units of its deviation, and log |W|. "column_rms": each column of W over its RMS.
+    # Two that leave W out, to see what it is good for: "constants", a fixed draw of noise in each W's place,
+    # and "condition", tokens that start from the condition instead.
     weight_input: WeightInput = "magnitude"
     # "film": condition and layer modulate every norm. "layer_scale": norms have weights, and every part of a
     # block is scaled by its own vector before it is added.
@@ -48,10 +51,14 @@ class HypernetworkConfig:
         ):
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name} = {getattr(self, name)!r}: expected one of {get_args(kind)}")
+        if self.weight_input == "condition" and self.modulation != "film":
+            raise ValueError('weight_input = "condition" needs modulation = "film": FiLM sums a condition up')
         if len(self.grid) != 2 or min(self.grid) < 1:
             raise ValueError(f"grid = {self.grid}: expected rows and columns of patches, such as (16, 16)")
         if self.width % self.heads:
             raise ValueError(f"width = {self.width} is not a multiple of heads = {self.heads}")
+        if not 0 <= self.stage1_blocks <= self.blocks:
+            raise ValueError(f"stage1_blocks = {self.stage1_blocks}: expected 0 to blocks = {self.blocks}")
         if any(not 0 <= block < self.blocks for block in self.feature_blocks):
             raise ValueError(
                 f"feature_blocks = {self.feature_blocks} names a block outside 0..{self.blocks - 1}"

@@ -33,7 +33,7 @@ from .conditions import Conditions
 from .descriptions import BaseDescription, ConditionDescription, HypernetworkConfig, Shape
 from .normalisation import TargetStatistics
 from .response_map import THRESHOLD
-from .trunk import Condition, Layers, Trunk, shape_key, weight_patches
+from .trunk import Condition, Layers, Trunk, constants, shape_key, weight_patches
 
 StatisticsByShape = Mapping[str, TargetStatistics] | None  # by `shape_key`; None: A and B as they are
 
@@ -313,9 +313,16 @@ class Hypernetwork(nn.Module):
         """What all tasks of its training had in common; empty where it is not recorded."""
         return next((known.coarse_prompt for known in self.conditions.values() if known.coarse_prompt), "")
 
-    def patches(self, weights: Tensor) -> Tensor:
-        """Weights [N, out, in] as both stages look at them: [N, patches, numbers] in the network's dtype."""
-        return weight_patches(weights, self.config).to(self.stage1.trunk.row_position.dtype)
+    def patches(self, weights: Tensor, index: Tensor) -> Tensor:
+        """Weights [N, out, in] of the layers `index` [N] as both stages look at them: [N, patches, numbers]
+        in the network's dtype; no numbers where the design does not look at any.
+        """
+        dtype = self.stage1.trunk.row_position.dtype
+        if self.config.weight_input == "condition":
+            return torch.empty(len(weights), 0, 0, dtype=dtype, device=weights.device)
+        if self.config.weight_input == "constants":
+            weights = constants(index, (weights.shape[1], weights.shape[2]))
+        return weight_patches(weights, self.config).to(dtype)
 
     def layers(self, shape: Shape, index: Tensor, patches: Tensor) -> Layers:
         """The layers `index` [N], all of one shape, with their `patches`."""
@@ -323,7 +330,7 @@ class Hypernetwork(nn.Module):
 
     def look_at(self, weights: Tensor, index: Tensor) -> Layers:
         """The layers `index` [N] with weights [N, out, in]."""
-        return self.layers((weights.shape[1], weights.shape[2]), index, self.patches(weights))
+        return self.layers((weights.shape[1], weights.shape[2]), index, self.patches(weights, index))
 
     def forward(
         self, weights: Tensor, index: Tensor, conditions: Conditions

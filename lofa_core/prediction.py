@@ -262,11 +262,13 @@ def _fits(
     chosen = [layers[place] for place in places]
     try:
         read = (base.read(layer).to(device).float() for layer in chosen)
+        index = torch.tensor(places, device=device)
         if torch.device(device).type == "cpu":  # one by one stays in the caches
-            patches = torch.cat([hypernetwork.patches(weight.unsqueeze(0)) for weight in read])
+            each = zip(read, index.split(1), strict=True)
+            patches = torch.cat([hypernetwork.patches(weight.unsqueeze(0), own) for weight, own in each])
         else:
-            patches = hypernetwork.patches(torch.stack(list(read)))
-        batch(hypernetwork.layers(chosen[0].shape, torch.tensor(places, device=device), patches), chosen)
+            patches = hypernetwork.patches(torch.stack(list(read)), index)
+        batch(hypernetwork.layers(chosen[0].shape, index, patches), chosen)
     except (RuntimeError, MemoryError) as error:
         if not _out_of_memory(error):
             raise

@@ -41,7 +41,8 @@ class Condition:
 
 
 def weight_patches(weights: Tensor, config: HypernetworkConfig) -> Tensor:
-    """Weights [N, out, in] -> float32 [N, patches, numbers], as `config.weight_input` says.
+    """Weights [N, out, in], or the `constants` in their place -> float32 [N, patches, numbers], as
+    `config.weight_input` says.
 
     Magnitudes decide the response map (most of it is 1 / |W|), so "magnitude" keeps them, per layer, as a
     channel of their own; "column_rms" divides the differences between columns away.
@@ -56,6 +57,12 @@ def weight_patches(weights: Tensor, config: HypernetworkConfig) -> Tensor:
         channels = torch.stack([scaled, scaled.abs().clamp_min(1e-3).log() + 1.0], 1)
     grid = channels.unflatten(3, (config.grid[1], -1)).unflatten(2, (config.grid[0], -1))
     return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def constants(index: Tensor, shape: Shape) -> Tensor:
+    """Gaussian noise [N, *shape] in place of the weights of the layers `index` [N], always the same."""
+    drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(place)) for place in index.tolist()]
+    return torch.stack(drawn).to(index.device)
 
 
 def shape_key(shape: Shape) -> str:
@@ -91,9 +98,10 @@ class Trunk(nn.Module):
             kind_of = torch.tensor([kinds.index(layer.kind) for layer in layers])
         self.register_buffer("depth_of", depth_of, persistent=False)
         self.register_buffer("kind_of", kind_of, persistent=False)
-        channels = 2 if config.weight_input == "magnitude" else 1
+        channels = 1 if config.weight_input == "column_rms" else 2
         self.patch_embed = nn.ModuleDict()
-        for shape in base.by_shape():
+        self.condition_embed = nn.Linear(width, width) if config.weight_input == "condition" else None
+        for shape in base.by_shape() if self.condition_embed is None else ():
             high, wide = config.patch(shape)
             self.patch_embed[shape_key(shape)] = nn.Linear(channels * high * wide, width)
         # The eps is float32's in every dtype: bfloat16's own, 0.008, would change what is computed.
@@ -120,8 +128,9 @@ class Trunk(nn.Module):
             self.summary = nn.ModuleDict(
                 {given.kind: nn.Linear(config.pooling_queries * width, width) for given in conditions}
             )
+        blocks = config.blocks if with_features else config.stage1_blocks or config.blocks
         self.blocks = nn.ModuleList(
-            Block(config, with_features and index in config.feature_blocks) for index in range(config.blocks)
+            Block(config, with_features and index in config.feature_blocks) for index in range(blocks)
         )
         self.norm = nn.LayerNorm(width)
 
@@ -211,10 +220,10 @@ class Trunk(nn.Module):
         """
         index = layers.index
         layer = self.depth_embedding(self.depth_of[index]) + self.kind_embedding(self.kind_of[index])
-        tokens = self.patch_embed[shape_key(layers.shape)](layers.patches)
-        if self.patch_norm is not None:
-            tokens = self.patch_norm(tokens)
-        tokens = tokens + (self.row_position + self.column_position).flatten(0, 1) + layer.unsqueeze(1)
+        tokens = (self.row_position + self.column_position).flatten(0, 1) + layer.unsqueeze(1)
+        if self.condition_embed is None:
+            looked_at = self.patch_embed[shape_key(layers.shape)](layers.patches)
+            tokens = (looked_at if self.patch_norm is None else self.patch_norm(looked_at)) + tokens
         if self.cls_token is not None:
             # LoFA_v0 does not tell this token which layer it is in.
             own = (
@@ -229,6 +238,9 @@ class Trunk(nn.Module):
         code = None
         if condition.summary is not None:
             code = self.code(condition.summary.unsqueeze(1) + layer).flatten(0, 1)
+            if self.condition_embed is not None:
+                start = self.condition_embed(condition.summary)[:, None, None]
+                x = (start + x.unflatten(0, (conditions, -1))).flatten(0, 1)
         recompute = self.checkpoint_activations and torch.is_grad_enabled()
         for block, keys_values in zip(self.blocks, condition.keys_values, strict=True):
             inputs = (x, keys_values, condition.bias, code, features)

@@ -57,8 +57,12 @@ def test_scores_by_hand(judge, monkeypatch):
     read[0, 0] += 1
     read[5] += 1
     judge.reference = np.random.default_rng(1).normal(size=(30, 3))
-    monkeypatch.setattr(judge, "read", lambda latents: (read, features))
+    clips = np.zeros((14, 3, 2, 2, 3), np.uint8)
+    clips[0, 1] = 255  # one of 14 clips flashes: two of its two changes are whole
+    monkeypatch.setattr(module, "decode_clips", lambda decoder, latents: clips)
+    judge.readers = [lambda shown: (read, features) if shown is clips else None]
     found = judge.score(torch.zeros(14, 1))
+    assert found["motion"] == pytest.approx(1 / 14)
     assert found["joint"] == pytest.approx(12 / 14) and found["mean_accuracy"] == pytest.approx(25 / 28)
     spread = [abs(features[2 * t, f] - features[2 * t + 1, f]) / 2 for t in range(7) for f in range(3)]
     assert found["diversity"] == pytest.approx(sum(spread) / 21)
@@ -179,11 +183,13 @@ def test_response_figures_by_hand(data):
 
     mean, real = maps(known).mean(0), maps(wanted)
     small = (np.abs(W) < np.median(np.abs(W))).astype(float).reshape(-1)
-    guesses = []
+    guesses, predicted = [], []
     for one in told:
         with torch.no_grad():
-            response = net(weights, torch.arange(8), data.conditions([one]))[2]
+            A, B, response = net(weights, torch.arange(8), data.conditions([one]))
+            predicted.append(np.einsum("lor,lri->loi", B[0].double().numpy(), A[0].double().numpy()))
         guesses.append(response.probability(weights)[0].double().numpy().reshape(-1))
+    own = [(np.abs(delta / W) > 0.02).astype(float).reshape(-1) for delta in predicted]
     pairs = list(zip(guesses, real, strict=True))
     assert found == pytest.approx(
         {
@@ -191,6 +197,14 @@ def test_response_figures_by_hand(data):
             "mean_map_cosine": np.mean([cosine(mean, r) for r in real]),
             "small_weight_cosine": np.mean([cosine(small, r) for r in real]),
             "stage1_centred_cosine": np.mean([cosine(g - mean, r - mean) for g, r in pairs]),
+            "stage2_cosine": np.mean([cosine(s, r) for s, r in zip(own, real, strict=True)]),
+            "stage2_centred_cosine": np.mean(
+                [cosine(s - mean, r - mean) for s, r in zip(own, real, strict=True)]
+            ),
+            "stage2_to_stage1_cosine": np.mean([cosine(s, g) for s, g in zip(own, guesses, strict=True)]),
+            "stage2_to_stage1_centred_cosine": np.mean(
+                [cosine(s - mean, g - mean) for s, g in zip(own, guesses, strict=True)]
+            ),
             "responding_share": real.mean(),
         },
         abs=1e-3,

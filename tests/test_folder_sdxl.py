@@ -77,7 +77,7 @@ def test_sdxls_text_condition_is_its_padded_states(sdxl, tmp_path):
         0,
     ]
     assert torch.equal(given["text"].values[0], run.data.prompts(["a face of x"]).states[0])
-    network = run._new_network()
+    network = run.new_network()
     assert network.conditions["text"].padded_to == 0
     unmasked = replace(run.config, network=replace(SMALL, mask_padding=False))
-    assert Run(unmasked, run.console)._new_network().conditions["text"].padded_to == 0
+    assert Run(unmasked, run.console).new_network().conditions["text"].padded_to == 0

@@ -92,7 +92,7 @@ def test_attention_is_softmax_of_normalised_queries_and_keys_head_by_head():
 def test_patches_hold_the_scaled_weights_and_their_log_magnitudes_in_place():
     net, W = network(), weights()
     W[3, 2, 5] = 0.0
-    found = net.patches(W).unflatten(-1, (2, 8, 8))
+    found = net.patches(W, torch.arange(len(W))).unflatten(-1, (2, 8, 8))
     assert found.shape == (16, 4, 2, 8, 8)
     for n, i, j in [(0, 0, 0), (3, 2, 5), (3, 2, 13), (7, 9, 1), (15, 15, 15)]:
         values = W[n].flatten().tolist()

@@ -20,7 +20,8 @@ from training.denoisers import WanDenoiser
 from training.factors import Factors
 from training.lora_dataset import LoRADataset
 from training.over_base import padded
-from training.stages import Stage1, Stage2, stage1_losses
+from training.stage1 import Stage1, stage1_losses
+from training.stages import Stage2
 from training.trainer import draw as drawn
 from training.trainer import noise_from, train
 

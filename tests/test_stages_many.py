@@ -25,7 +25,8 @@ from training.config import EndToEndConfig, Stage1Config, Stage2Config
 from training.end_to_end import EndToEnd
 from training.looks import looks_at, names_by_shape
 from training.loop import Run
-from training.stages import Stage1, Stage2, stage1_losses
+from training.stage1 import Stage1, stage1_losses
+from training.stages import Stage2
 from training.trainer import draw as drawn
 from training.trainer import noise_from
 from training.validation import response_cosines, weight_cosines

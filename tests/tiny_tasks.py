@@ -93,6 +93,9 @@ class Tasks:
     def load_denoiser(self):
         return WanDenoiser(self.model)
 
+    def family(self):
+        return [self]
+
     def weights_by_shape(self):
         return [torch.stack([self.weights.read(layer) for layer in self.weights.model.layers])]
 

@@ -56,6 +56,9 @@ class PictureTasks(Tasks):
         layers = tuple(LayerDescription(x.name, x.depth, x.kind, x.shape) for x in model.layers)
         return BaseDescription(model.name, layers)
 
+    def family(self):
+        return [self]
+
     def weights_by_shape(self):
         layers = self.weights.model.layers
         return [

@@ -21,6 +21,8 @@ class DataConfig:
     clips_per_task: int = 24
     held_out_tasks: int = 32  # actions
     held_out_looks: int = 24
+    more_bases: tuple[str, ...] = ()  # folders (or patterns of them) of the base's relatives to train on too
+    training_tasks: int = 0  # actions that anything is learned from; 0: all but the held-out ones
     lora_tasks: int = 96  # training tasks that get a LoRA of their own
     seed: int = 0
     cache: str = ""  # a folder for the world's encoded clips, which several runs share; empty: the run's own
@@ -77,6 +79,7 @@ class NetworkConfig:
     width: int = 128
     heads: int = 4
     blocks: int = 3
+    stage1_blocks: int = 0
     mlp_ratio: int = 2
     pooling_queries: int = 8
     feature_blocks: tuple[int, ...] = (0, 2)
@@ -119,6 +122,8 @@ class Stage1Config(StageConfig):
     """Response maps (LoFA eq. 4) with the likelihood of dW itself as a second, denser target."""
 
     layers: int = 8  # target layers a step
+    target: Literal["response", "lora"] = "response"  # the map; or the LoRA itself, as Stage II
+    threshold: float = 0.02  # |dW / W| above which an entry responds
     likelihood_weight: float = 0.1
     size_weight: float = 0.0  # of the mean square of Stage I's A and B
 
@@ -137,8 +142,8 @@ class DiffusionConfig(StageConfig):
 
 
 @dataclass(frozen=True)
-class Stage2Config(DiffusionConfig):
-    """LoRA prediction (LoFA eq. 6-8)."""
+class ReconstructionConfig(DiffusionConfig):
+    """What tasks' own LoRAs teach beside it (LoFA eq. 6-8)."""
 
     reconstruction: str = "factors"  # a name in training/losses.py
     reconstruction_weight: float = 0.17
@@ -149,6 +154,26 @@ class Stage2Config(DiffusionConfig):
             raise ValueError(
                 f"reconstruction = {self.reconstruction!r}: expected one of {', '.join(RECONSTRUCTIONS)}."
             )
+
+
+@dataclass(frozen=True)
+class Stage2Config(ReconstructionConfig):
+    """LoRA prediction."""
+
+    from_stage1: bool = True  # start from Stage I's weights; false needs feature_blocks = [], too
+
+
+@dataclass(frozen=True)
+class TextToLoRAConfig(ReconstructionConfig):
+    """The MLP baseline, taught as Stage II is."""
+
+    width: int = 384
+    blocks: int = 3
+
+    def __post_init__(self):
+        super().__post_init__()
+        if min(self.width, self.blocks) < 1:
+            raise ValueError(f"width = {self.width}, blocks = {self.blocks}: expected 1 or more.")
 
 
 @dataclass(frozen=True)
@@ -223,6 +248,7 @@ class TrainingConfig:
     end_to_end: EndToEndConfig = field(default_factory=EndToEndConfig)
     lora_vae: LoRAVAEConfig = field(default_factory=LoRAVAEConfig)
     lora_diffusion: LoRADiffusionConfig = field(default_factory=LoRADiffusionConfig)
+    text_to_lora: TextToLoRAConfig = field(default_factory=TextToLoRAConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
@@ -237,7 +263,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainingConfig:
         raise ValueError(f"{path}: not valid TOML: {error}") from error
     for override in overrides:
         _override(values, override)
-    return _fill(TrainingConfig, values, str(path))
+    return fill(TrainingConfig, values, str(path))
 
 
 def _override(values: dict[str, Any], text: str) -> None:
@@ -255,7 +281,8 @@ def _override(values: dict[str, Any], text: str) -> None:
     table[keys[-1]] = parsed
 
 
-def _fill(kind: type, values: dict[str, Any], where: str):
+def fill(kind: type, values: dict[str, Any], where: str):
+    """The dataclass `kind` with these values. ValueError naming `where`, the key, and what was expected."""
     known = {f.name: f for f in fields(kind)}
     for key in values:
         if key not in known:
@@ -266,7 +293,7 @@ def _fill(kind: type, values: dict[str, Any], where: str):
         if is_dataclass(wanted):
             if not isinstance(value, dict):
                 raise ValueError(f"{where}: [{key}] must be a table, not {value!r}.")
-            filled[key] = _fill(wanted, value, f"{where} [{key}]")
+            filled[key] = fill(wanted, value, f"{where} [{key}]")
         else:
             filled[key] = _checked(wanted, value, f"{where}: {key}")
     try:

@@ -23,7 +23,8 @@ from .config import Stage1Config, Stage2Config
 from .full_size import RELEASED
 from .machine import device_name, peak_memory
 from .random_tasks import RandomSDXL, RandomTasks, RandomWan
-from .stages import Diffusion, Stage1, Stage2
+from .stage1 import Stage1
+from .stages import Diffusion, Stage2
 from .trainer import train
 
 STEPS = 2

@@ -2,13 +2,14 @@
 never did, poses and pictures it never saw.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from rich.table import Table
 
 from lofa_core.hypernetwork import Hypernetwork
 from lofa_core.lora_diffusion import LoRADiffusion
@@ -17,6 +18,7 @@ from .baselines.simple import mean_lora, nearest_lora, ridge_lora
 from .config import EvaluationConfig
 from .factors import Factors
 from .judge import Judge, Method, predicted_factors, response_figures
+from .looks import Predictor
 from .lora_dataset import LoRADataset
 from .lora_diffusion import drawn_factors, spread
 from .miniature import evaluator as evaluator_module
@@ -46,11 +48,12 @@ def evaluate(
     report: Report = lambda name, figures: None,
     sharing: Sharing = Sharing(),
     more: bool = False,
+    others: Mapping[str, Predictor] | None = None,
     diffusion: LoRADiffusion | None = None,
 ) -> dict:
     """All tables with their summaries; `known` are the training LoRAs, `wanted` those of the held-out tasks.
-    `more` adds what a known wording, guidance and strength would do, `diffusion` a row and how far its LoRAs
-    of several seeds are apart.
+    `more` adds what a known wording, guidance and strength would do, `others` rows of other predictors,
+    `diffusion` a row and how far its LoRAs of several seeds are apart.
 
     Actions: "rows" and their summary. Looks, and both at once, likewise under "looks" and "both".
     """
@@ -66,7 +69,17 @@ def evaluate(
             continue
         of_sort = _of_sort(known, place == "looks"), _of_sort(wanted, place == "looks")
         table = _one_sort(
-            hypernetwork, data, settings, *of_sort, asked, evaluator, report, sharing, more, diffusion
+            hypernetwork,
+            data,
+            settings,
+            *of_sort,
+            asked,
+            evaluator,
+            report,
+            sharing,
+            more,
+            others or {},
+            diffusion,
         )
         found |= table if place is None else {place: table}
     if {"text", "style"} <= set(data.kinds):
@@ -81,7 +94,7 @@ def _of_sort(loras: LoRADataset, looks: bool) -> LoRADataset:
 
 
 def _one_sort(
-    hypernetwork, data, settings, known, wanted, kinds, evaluator, report, sharing, more, diffusion
+    hypernetwork, data, settings, known, wanted, kinds, evaluator, report, sharing, more, others, diffusion
 ) -> dict:
     """The table of actions, or of looks, under each of `kinds`."""
     judge = Judge(data, wanted.tasks, settings, evaluator)
@@ -100,6 +113,9 @@ def _one_sort(
         methods.append(Method(name, predicted))
         if kind == kinds[0]:
             methods.append(Method("LoFA, fine prompt", predicted, "fine"))
+    for name, predictor in others.items():
+        if kinds[0] in predictor.conditions:
+            methods.append(Method(name, predicted_factors(predictor, data, told[kinds[0]])))
     if diffusion is not None:
         for kind in (kind for kind in kinds if kind in diffusion.conditions):
             name = "LoRA Diffusion" if kind == kinds[0] else f"LoRA Diffusion, {kind}"
@@ -196,3 +212,22 @@ def summarise(rows: dict[str, dict[str, float]]) -> dict:
         and ours["joint"] > rows[name]["joint"]
     ]
     return {"frechet_gap_closed": closed("frechet"), "joint_gap_closed": closed("joint"), "beaten": beaten}
+
+
+def as_table(rows: dict[str, dict[str, float]]) -> Table:
+    """For the console."""
+    table = Table("method", "flow matching", "joint", "mean accuracy", "Frechet", "diversity")
+    for name, row in rows.items():
+        loss = f"{row['flow_matching']:.4f}" if "flow_matching" in row else ""
+        table.add_row(
+            name, loss, f"{row['joint']:.3f}", f"{row['mean_accuracy']:.3f}", f"{row['frechet']:.2f}",
+            f"{row['diversity']:.3f}",
+        )  # fmt: skip
+    return table
+
+
+def rounded(found: Any) -> Any:
+    """All numbers in nested dictionaries to four digits."""
+    if isinstance(found, dict):
+        return {key: rounded(value) for key, value in found.items()}
+    return round(found, 4) if isinstance(found, float) else found

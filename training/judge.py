@@ -1,6 +1,7 @@
 """Measures of held-out tasks: clips generated under a method and read by the evaluators, maps compared."""
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from lofa_core.hypernetwork import Hypernetwork
 from lofa_core.metrics.distances import frechet_distance
-from lofa_core.response_map import centred_cosine, cosine
+from lofa_core.response_map import THRESHOLD, centred_cosine, cosine
 
 from . import flow
 from .backbones import load_vae
@@ -19,7 +20,7 @@ from .config import EvaluationConfig
 from .denoisers import Prompts
 from .factors import Factors, by_name
 from .injection import injected
-from .looks import looks_at
+from .looks import Predictor, looks_at
 from .lora_dataset import LoRADataset
 from .miniature import evaluator as evaluator_module
 from .miniature import look_reader as look_reader_module
@@ -78,7 +79,9 @@ class Judge:
 
     def read(self, latents: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Factor indices and features of unit latents, through the VAE's decoder."""
-        clips = decode_clips(self._decoder, latents)
+        return self._read(decode_clips(self._decoder, latents))
+
+    def _read(self, clips: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         indices, features = zip(*(read(clips) for read in self.readers), strict=True)
         return np.concatenate(indices, 1), np.concatenate(features, 1)
 
@@ -92,7 +95,8 @@ class Judge:
 
     def score(self, latents: Tensor) -> dict[str, float]:
         """Measures of latents in the order of `self.labels`."""
-        read, features = self.read(latents)
+        clips = decode_clips(self._decoder, latents)
+        read, features = self._read(clips)
         right = read == self.labels
         within = features.reshape(-1, self.settings.clips_per_task, features.shape[1]).std(1).mean()
         figures = {
@@ -100,6 +104,7 @@ class Judge:
             "mean_accuracy": float(right.mean()),
             "frechet": frechet_distance(features, self.reference),
             "diversity": float(within),
+            "motion": motion(clips),
         }
         if len(self.readers) == 2:
             actions = len(world.FACTORS)
@@ -158,10 +163,13 @@ class Judge:
             return flow.sample(guided, noise, steps, shift)
 
 
+def motion(clips: np.ndarray) -> float:
+    """Mean absolute change of a pixel from one frame to the next, 0..1, of clips uint8 [N, T, H, W, 3]."""
+    return float(np.abs(np.diff(clips.astype(np.float32), axis=1)).mean() / 255.0)
+
+
 @torch.no_grad()
-def predicted_factors(
-    hypernetwork: Hypernetwork, data: MiniatureTasks, told: list[dict[str, Any]]
-) -> Factors:
+def predicted_factors(hypernetwork: Predictor, data: MiniatureTasks, told: list[dict[str, Any]]) -> Factors:
     """The LoRAs for M tasks, of each the condition that `data.conditions` takes."""
     weights, places = data.weights_by_shape(), hypernetwork.base.by_shape().values()
     found = []
@@ -182,32 +190,36 @@ def response_figures(
     told: list[dict[str, Any]],
     known: LoRADataset,
     wanted: LoRADataset,
+    threshold: float = THRESHOLD,
 ) -> dict[str, float]:
-    """Stage I against the held-out LoRAs' maps, beside the mean training map and |W| alone.
+    """Stage I's maps and those of Stage II's LoRAs against the held-out LoRAs' own and each other (section
+    4.4), beside the mean training map and |W| alone.
 
-    Maps are compared as probabilities, over all layers of a task at once; centred means minus the mean
-    training map.
+    Stage I's maps are compared as probabilities, over all layers of a task at once; centred means minus the
+    mean training map.
     """
     weights = data.weights_by_shape()
-    looks, mean = looks_at(hypernetwork, weights), mean_map(weights, known)
+    looks, mean = looks_at(hypernetwork, weights), mean_map(weights, known, threshold)
     magnitudes = flat(W.abs() for W in weights)
     small_weights = (magnitudes < magnitudes.median()).float()
-    sums = {
-        "stage1_cosine": 0.0,
-        "mean_map_cosine": 0.0,
-        "small_weight_cosine": 0.0,
-        "stage1_centred_cosine": 0.0,
-    }
-    share, stage1 = 0.0, hypernetwork.stage1
+    predicted = predicted_factors(hypernetwork, data, told)
+    sums: Counter[str] = Counter()
+    stage1 = hypernetwork.stage1
     for row, one in enumerate(told):
-        real = response_maps(weights, wanted.loras[row : row + 1])
+        real = response_maps(weights, wanted.loras[row : row + 1], threshold)
         condition = stage1.trunk.project(data.conditions([one]))
         guess = flat(
-            stage1(look, condition).probability(W)[0] for look, W in zip(looks, weights, strict=True)
+            stage1(look, condition).probability(W, threshold)[0]
+            for look, W in zip(looks, weights, strict=True)
         )
-        sums["stage1_cosine"] += float(cosine(guess, real))
-        sums["mean_map_cosine"] += float(cosine(mean, real))
-        sums["small_weight_cosine"] += float(cosine(small_weights, real))
-        sums["stage1_centred_cosine"] += float(centred_cosine(guess, real, mean))
-        share += float(real.mean())
-    return {name: total / len(told) for name, total in (sums | {"responding_share": share}).items()}
+        stage2 = response_maps(weights, predicted[row : row + 1], threshold)
+        sums["stage1_cosine"] += cosine(guess, real)
+        sums["stage2_cosine"] += cosine(stage2, real)
+        sums["stage2_to_stage1_cosine"] += cosine(stage2, guess)
+        sums["mean_map_cosine"] += cosine(mean, real)
+        sums["small_weight_cosine"] += cosine(small_weights, real)
+        sums["stage1_centred_cosine"] += centred_cosine(guess, real, mean)
+        sums["stage2_centred_cosine"] += centred_cosine(stage2, real, mean)
+        sums["stage2_to_stage1_centred_cosine"] += centred_cosine(stage2, guess, mean)
+        sums["responding_share"] += float(real.mean())
+    return {name: total / len(told) for name, total in sums.items()}

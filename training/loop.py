@@ -1,7 +1,6 @@
 """One run: its folder, its stages in order, and what each leaves behind."""
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -14,31 +13,35 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from lofa_core import miniature
 from lofa_core.checkpoint import load_generator, load_hypernetwork, save_hypernetwork, save_lora_diffusion
 from lofa_core.descriptions import HypernetworkConfig
 from lofa_core.hypernetwork import Hypernetwork
+from lofa_core.lora_files import read_safetensors, write_safetensors
 
 from . import cluster, lora_diffusion
+from .baselines.text_to_lora import TextToLoRA, TextToLoRAStage
 from .config import DiffusionConfig, TrainingConfig
 from .data import published
 from .data.cache import CacheSummary, cache_dataset
 from .data.folder_tasks import open_tasks
 from .end_to_end import EndToEnd
-from .evaluate import Sharing, evaluate
-from .looks import names_by_shape
+from .evaluate import Sharing, as_table, evaluate, rounded
+from .looks import Predictor, names_by_shape
 from .lora_dataset import LoRADataset, LoRAFolder
 from .lora_factory import initial_A
 from .lora_run import Summary, make_dataset, train_here
+from .machine import cores
 from .miniature import evaluator as evaluator_module
 from .readme import write_figures
 from .samples import write_samples
-from .stages import Diffusion, Stage1, Stage2
+from .stage1 import Stage1
+from .stages import Diffusion, Stage2
 from .trainer import Stage, train
 
+TEXT_TO_LORA = "text_to_lora.safetensors"
 SHIPPED = Path(__file__).parent / "miniature"  # the LoRAs that the README's figures rest on
 
 
@@ -60,7 +63,7 @@ class Run:
         """
         if not self.config.data.folder:
             raise ValueError("data.folder is empty: the miniature's world needs no `cache`.")
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.processes))
+        torch.set_num_threads(max(1, cores() // self.processes))
         try:
             return cache_dataset(
                 self.config.data, self.data.base, self.folder, self.accelerator, self.console
@@ -101,10 +104,7 @@ class Run:
     def stage1(self) -> None:
         """Fit the target statistics and Stage I; writes stage1.safetensors."""
         known = self._dataset("training")
-        network = self._new_network()
-        if network.statistics is not None:
-            for statistics, (A, B) in zip(network.statistics.values(), known.loras.pairs(), strict=True):
-                statistics.fit(A, B)
+        network = _fitted(self.new_network(), known)
         network.stage1.trunk.checkpoint_activations = self.config.stage1.checkpoint_activations
         self._train(Stage1(network, self.data, known, self._held_out(), self.config.stage1, self.device))
         self._save(network, "stage1.safetensors", torch.float32)
@@ -113,7 +113,12 @@ class Run:
         """Stage II from Stage I; writes hypernetwork.safetensors."""
         known = self._dataset("training")
         self._check_prompts(self.config.stage2, known.tasks)
-        network = load_hypernetwork(self.folder / "stage1.safetensors").requires_grad_(True)
+        if self.config.stage2.from_stage1:
+            network = load_hypernetwork(self.folder / "stage1.safetensors").requires_grad_(True)
+        elif self.config.network.feature_blocks:
+            raise ValueError("stage2.from_stage1 = false has no features: set network.feature_blocks = [].")
+        else:
+            network = _fitted(self.new_network(), known)
         network.stage2.trunk.checkpoint_activations = self.config.stage2.checkpoint_activations
         stage = Stage2(network, self.data, known, self._held_out(), self.config.stage2, self.device)
         self._train(stage)
@@ -123,7 +128,7 @@ class Run:
         """Both stages from clips alone; writes hypernetwork.safetensors."""
         settings = self.config.end_to_end
         self._check_prompts(settings, [])
-        network = self._new_network()
+        network = self.new_network()
         if network.statistics is not None:
             start = initial_A(self.data.weights.model.layers, self.config.lora.rank, settings.seed)
             for statistics, names in zip(network.statistics.values(), names_by_shape(network), strict=True):
@@ -134,19 +139,29 @@ class Run:
         self._train(stage)
         self._finish(stage, network)
 
-    def lora_diffusion(self) -> None:
-        """LoRA Diffusion, the VAE first; writes lora_diffusion.safetensors."""
-        known, held_out = self._dataset("training"), self._held_out()
-        network = lora_diffusion.new_network(self.config, *self.data.descriptions())
-        vae = lora_diffusion.LoRAVAEStage(network, known, held_out, self.config.lora_vae, self.device)
-        self._train(vae)
-        vae.finish()
-        stage = lora_diffusion.LoRADiffusionStage(
-            network, self.data, known, held_out, self.config.lora_diffusion, self.device
-        )
+    def text_to_lora(self) -> None:
+        """The MLP baseline on the same LoRAs and clips; writes text_to_lora.safetensors."""
+        known, settings = self._dataset("training"), self.config.text_to_lora
+        self._check_prompts(settings, known.tasks)
+        network = _fitted(self._new_text_to_lora(), known)
+        stage = TextToLoRAStage(network, self.data, known, self._held_out(), settings, self.device)
         self._train(stage)
         stage.finish()
-        path = self.folder / lora_diffusion.FILE
+        if self.process == 0:
+            write_safetensors(network.state_dict(), self.folder / TEXT_TO_LORA, {})
+        self.accelerator.wait_for_everyone()
+
+    def _new_text_to_lora(self) -> TextToLoRA:
+        settings = self.config.text_to_lora
+        torch.manual_seed(settings.seed)
+        return TextToLoRA(*self.data.descriptions(), self.config.lora.rank, settings.width, settings.blocks)
+
+    def lora_diffusion(self) -> None:
+        """LoRA Diffusion, the VAE first; writes lora_diffusion.safetensors."""
+        known, path = self._dataset("training"), self.folder / lora_diffusion.FILE
+        network = lora_diffusion.learned(
+            self.config, self.data, known, self._held_out(), self.device, self._train
+        )
         if self.process == 0:
             save_lora_diffusion(network.eval(), path, dtype=getattr(torch, self.config.stored_as))
             self.console.print(f"wrote {path}", soft_wrap=True)
@@ -204,27 +219,36 @@ class Run:
         """
         self._refuse_folder("evaluate")
         started = time.time()
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.processes))
+        torch.set_num_threads(max(1, cores() // self.processes))
         own = self.folder / "hypernetwork.safetensors"
         network = load_hypernetwork(hypernetwork or (own if own.exists() else miniature.HYPERNETWORK))
         second = self.folder / lora_diffusion.FILE
         found = evaluate(
-            network, self.data, self.config.evaluation, self._packed("training"), self._packed("held_out"),
+            network, self.data, self.config.evaluation, self.packed("training"), self.packed("held_out"),
             evaluator_module.load(), self._say_row, Sharing(self.process, self.processes), more,
-            load_generator(second) if second.exists() else None,
+            self.baselines(), load_generator(second) if second.exists() else None,
         )  # fmt: skip
-        found = _rounded(found | {"seconds": time.time() - started})
+        found = rounded(found | {"seconds": time.time() - started})
         if self.process == 0:
             for table in (found, found.get("looks", {}), found.get("both", {})):
                 if "rows" in table:
-                    self.console.print(_table(table["rows"]))
+                    self.console.print(as_table(table["rows"]))
             (self.folder / "evaluation.json").write_text(json.dumps(found, indent=1) + "\n")
         return found
+
+    def baselines(self) -> dict[str, Predictor]:
+        """The run's own predictors in the hypernetwork's place, by the names of their rows."""
+        path = self.folder / TEXT_TO_LORA
+        if not path.exists():
+            return {}
+        network = self._new_text_to_lora()
+        network.load_state_dict(read_safetensors(path)[0])
+        return {"Text-to-LoRA MLP": network.eval()}
 
     def _packed_file(self, name: str) -> Path:
         return self.folder / f"loras_{name}.safetensors"
 
-    def _packed(self, name: str) -> LoRADataset:
+    def packed(self, name: str) -> LoRADataset:
         """The LoRAs as they are shipped, so that a clone measures the same."""
         if self.process == 0:
             self._dataset(name).save(self._packed_file(name))
@@ -285,7 +309,13 @@ class Run:
             raise ValueError(
                 f"{self.folder}: no LoRAs here yet. Run `lora-dataset` with this configuration first."
             )
-        return LoRADataset.load(shipped).of(wanted)
+        kept = LoRADataset.load(shipped)
+        if not set(kept.tasks) & set(wanted):
+            raise ValueError(
+                f"{self.folder}: no LoRAs here, and the shipped ones are of other tasks than this "
+                "configuration's. Run `lora-dataset` with it first."
+            )
+        return kept.of(wanted)
 
     def _lora_tasks(self) -> list:
         """Evenly spread over the training tasks of each sort, so that every factor value has its share."""
@@ -295,7 +325,8 @@ class Run:
             chosen += [tasks[i * len(tasks) // count] for i in range(count)]
         return chosen
 
-    def _new_network(self) -> Hypernetwork:
+    def new_network(self) -> Hypernetwork:
+        """An untrained one of the configuration's design."""
         base, conditions = self.data.descriptions()
         if not self.config.network.mask_padding:  # then training has to see the padding that use brings
             conditions = tuple(
@@ -310,18 +341,9 @@ class Run:
         self.console.print(name, {key: round(value, 4) for key, value in figures.items()})
 
 
-def _table(rows: dict[str, dict[str, float]]) -> Table:
-    table = Table("method", "flow matching", "joint", "mean accuracy", "Frechet", "diversity")
-    for name, row in rows.items():
-        loss = f"{row['flow_matching']:.4f}" if "flow_matching" in row else ""
-        table.add_row(
-            name, loss, f"{row['joint']:.3f}", f"{row['mean_accuracy']:.3f}", f"{row['frechet']:.2f}",
-            f"{row['diversity']:.3f}",
-        )  # fmt: skip
-    return table
-
-
-def _rounded(found):
-    if isinstance(found, dict):
-        return {key: _rounded(value) for key, value in found.items()}
-    return round(found, 4) if isinstance(found, float) else found
+def _fitted(network: Hypernetwork | TextToLoRA, known: LoRADataset) -> Any:
+    """The network, predicting offsets from the mean of the known LoRAs in units of their spread."""
+    if network.statistics is not None:
+        for statistics, (A, B) in zip(network.statistics.values(), known.loras.pairs(), strict=True):
+            statistics.fit(A, B)
+    return network

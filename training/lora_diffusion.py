@@ -1,7 +1,7 @@
 """LoRA Diffusion (arXiv 2412.02352): what its two parts learn from LoRAs, and how far its draws are apart."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import combinations
 from typing import Any
@@ -24,7 +24,7 @@ from .data.folder_tasks import Tasks
 from .factors import Factors
 from .looks import on
 from .lora_dataset import LoRADataset
-from .trainer import draw, noise_from
+from .trainer import Stage, draw, noise_from
 from .validation import flat
 
 FILE = "lora_diffusion.safetensors"  # in the run's folder
@@ -45,6 +45,25 @@ def new_network(
     )  # fmt: skip
     torch.manual_seed(vae.seed)
     return LoRADiffusion(sizes, base, conditions)
+
+
+def learned(
+    config: TrainingConfig,
+    data: Tasks,
+    known: LoRADataset,
+    held_out: LoRADataset | None,
+    device: torch.device,
+    train: Callable[[Stage], None],
+) -> LoRADiffusion:
+    """A new one after both stages, each run by `train`."""
+    network = new_network(config, *data.descriptions())
+    vae = LoRAVAEStage(network, known, held_out, config.lora_vae, device)
+    train(vae)
+    vae.finish()
+    diffusion = LoRADiffusionStage(network, data, known, held_out, config.lora_diffusion, device)
+    train(diffusion)
+    diffusion.finish()
+    return network
 
 
 def loras_of(factors: Factors, base: BaseDescription) -> list[LoRA]:

@@ -1,5 +1,6 @@
 """What measurements need of the machine they are made on."""
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -15,6 +16,13 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
     work()
     _finish(device)
     return time.perf_counter() - started
+
+
+def cores() -> int:
+    """How many processor cores this process may use."""
+    if sys.platform == "linux":  # fewer than there are, in a container or under taskset
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def device_name(device: torch.device) -> str:

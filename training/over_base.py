@@ -1,5 +1,7 @@
 """What tasks know of the base model they live in."""
 
+import glob
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +13,6 @@ from torch.nn import functional as F
 from lofa_core.base_models import BaseWeights
 from lofa_core.conditions import Conditions, Given
 from lofa_core.descriptions import BaseDescription, LayerDescription
-from lofa_core.hypernetwork import Hypernetwork
 
 from .backbones import (
     TEXT_LENGTH,
@@ -22,13 +23,30 @@ from .backbones import (
     use_folded_padding,
 )
 from .denoisers import Denoiser, SDXLDenoiser, WanDenoiser
+from .looks import Predictor
 
 
 class OverBase:
-    """The base model of the folder `base`."""
+    """The base model of the folder `base`; `more_bases`: folders of its relatives."""
 
-    def __init__(self, base: Path):
-        self.base = base
+    def __init__(self, base: Path, more_bases: Sequence[str] = ()):
+        self.base, self.more_bases = base, more_bases
+
+    def family(self) -> "list[OverBase]":
+        """This base, and the relatives that training draws from. ValueError where one has other layers."""
+        found = [self]
+        for pattern in self.more_bases:
+            folders = sorted(glob.glob(pattern))
+            if not folders:
+                raise ValueError(f"data.more_bases: there is no folder {pattern}.")
+            found += [OverBase(Path(folder)) for folder in folders]
+        for relative in found[1:]:
+            if relative.base_description().layers != self.base_description().layers:
+                raise ValueError(
+                    f"{relative.base}: more_bases are to have the layers of {self.base} "
+                    f"({self.weights.model.summary()}), not {relative.weights.model.summary()}."
+                )
+        return found
 
     def load_denoiser(self) -> Denoiser:
         """The frozen base model, in float32."""
@@ -67,7 +85,7 @@ class OverBase:
         return BaseDescription(model.name, layers, self.weights.fingerprint())
 
 
-def padded(conditions: Conditions, hypernetwork: Hypernetwork) -> Conditions:
+def padded(conditions: Conditions, hypernetwork: Predictor) -> Conditions:
     """The conditions with the rows of zeros that the hypernetwork is used with: some attend to them."""
     return {
         kind: _padded(given, hypernetwork.conditions[kind].padded_to) for kind, given in conditions.items()

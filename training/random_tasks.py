@@ -65,6 +65,10 @@ class RandomTasks(ABC):
         config: HypernetworkConfig = replace(RELEASED, rank=self.rank, width=width)
         return random_hypernetwork(config, self.base, self.condition_of)
 
+    def family(self) -> list["RandomTasks"]:
+        """There are no relatives."""
+        return [self]
+
     def weights_by_shape(self) -> list[Tensor]:
         modules = self.load_denoiser().modules([layer.name for layer in self.base.layers])
         return [

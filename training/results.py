@@ -13,6 +13,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from .results_experiments import section
+
 MEASURES = {
     "joint": "all factors right",
     "mean_accuracy": "factors right",
@@ -107,8 +109,10 @@ def _shown(measure: str, value: float) -> str:
     return f"{value:.{ {'frechet': 2, 'flow_matching': 4}.get(measure, 3) }f}"
 
 
-def document(runs: dict[str, dict], command: str) -> str:
-    """The whole page."""
+def document(
+    runs: dict[str, dict], command: str, experiments: Path | None = None, pictures: Path = Path("docs")
+) -> str:
+    """The whole page; `experiments` is the folder of those, whose plots go into `pictures`."""
     lines = [
         "# Results",
         "",
@@ -139,6 +143,8 @@ def document(runs: dict[str, dict], command: str) -> str:
             "",
             *identity_table(found),
         ]
+    if experiments is not None:
+        lines += section(experiments, pictures)
     return "\n".join(lines) + "\n"
 
 
@@ -152,6 +158,7 @@ def main() -> int:
     parser.add_argument(
         "runs", nargs="+", metavar="NAME=FOLDER", help=f"text, pose, style, {TOGETHER} or {IDENTITY}"
     )
+    parser.add_argument("--experiments", type=Path, help="the folder with the experiments' figures")
     parser.add_argument("--out", type=Path, default=Path("docs/RESULTS.md"))
     chosen = parser.parse_args()
     runs = {}
@@ -163,7 +170,10 @@ def main() -> int:
             parser.error(f"{text}: expected one of {known}, then = and a run that was evaluated")
         runs[name] = json.loads(path.read_text(encoding="utf-8"))
     command = "python -m training.results " + " ".join(chosen.runs)
-    chosen.out.write_text(document(runs, command), encoding="utf-8")
+    if chosen.experiments is not None:
+        command += f" --experiments {chosen.experiments}"
+    page = document(runs, command, chosen.experiments, chosen.out.parent)
+    chosen.out.write_text(page, encoding="utf-8")
     Console(highlight=False).print(f"wrote {chosen.out}")
     return 0
 

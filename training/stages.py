@@ -1,142 +1,33 @@
-"""Stage I and Stage II (LoFA section 3.3): what each learns from a step's tasks. trainer.py runs them."""
+"""Stage II (LoFA section 3.3), and what all stages share that learn through the base model. trainer.py runs
+them.
+"""
 
 import contextlib
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lofa_core.conditions import Conditions
-from lofa_core.hypernetwork import GaussianResponse, Hypernetwork, Response
-from lofa_core.response_map import response_map
+from lofa_core.hypernetwork import Hypernetwork
 from lofa_core.trunk import Layers, shape_key
 
-from .config import DiffusionConfig, Stage1Config, Stage2Config
+from .config import DiffusionConfig, ReconstructionConfig, Stage2Config
 from .data.folder_tasks import Tasks
-from .denoisers import Prompts
+from .denoisers import Denoiser, Prompts
 from .factors import Factors, by_name
 from .injection import injected
-from .looks import looks_at, names_by_shape, on, some_of
+from .looks import Predictor, looks_at, names_by_shape, on
 from .lora_dataset import LoRADataset
 from .losses import RECONSTRUCTION
-from .over_base import padded
+from .over_base import OverBase, padded
 from .trainer import draw, noise_from
-from .validation import response_cosines, weight_cosines
-
-
-def stage1_losses(response: Response, weights: Tensor, A: Tensor, B: Tensor) -> dict[str, Tensor]:
-    """Binary cross-entropy of the response map (eq. 4) and the size of Stage I's factors (as the published
-    training has it); where Stage I predicts dW as a Gaussian, its negative log-likelihood.
-
-    weights [N, out, in]; targets A [K, N, r, in], B [K, N, out, r].
-    """
-    # In bfloat16 a probability of 1 - 1e-6 would be 1, and cost a hundred where it is wrong.
-    with torch.autocast(A.device.type, enabled=False):
-        delta = B @ A
-        wanted = response_map(weights.expand_as(delta), delta).float()
-        probability = response.probability(weights).clamp(1e-6, 1.0 - 1e-6)
-        losses = {
-            "cross_entropy": F.binary_cross_entropy(probability, wanted),
-            "size": response.A.float().square().mean() + response.B.float().square().mean(),
-        }
-        if isinstance(response, GaussianResponse):
-            log_deviation = response.row_log_deviation.float().unsqueeze(
-                -1
-            ) + response.column_log_deviation.float().unsqueeze(-2)
-            error = (delta - response.B.float() @ response.A.float()) * (-log_deviation).exp()
-            typical = log_deviation.detach().mean()  # so that the term does not depend on the unit of dW
-            losses["likelihood"] = (0.5 * error.pow(2) + log_deviation - typical).mean()
-        return losses
-
-
-class Stage1:
-    """Fits the hypernetwork's Stage I to the response maps of per-task LoRAs."""
-
-    name = "stage1"
-
-    def __init__(
-        self,
-        hypernetwork: Hypernetwork,
-        data: Tasks,
-        known: LoRADataset,
-        held_out: LoRADataset | None,
-        settings: Stage1Config,
-        device: torch.device,
-    ):
-        self.hypernetwork, self.data, self.known, self.held_out = hypernetwork, data, known, held_out
-        self.settings, self.device = settings, device
-        self.module = _Stage1(hypernetwork.to(device))
-        self.base = [weights.to(device) for weights in data.weights_by_shape()]
-        self.looks = looks_at(hypernetwork, self.base)
-        self.weights = {
-            "cross_entropy": 1.0, "likelihood": settings.likelihood_weight, "size": settings.size_weight,
-        }  # fmt: skip
-
-    def tasks(self, step: int, items: Sequence[int]) -> list[str]:
-        return [self.known.tasks[pick].id for pick, _ in self._drawn(step, items)]
-
-    def _drawn(self, step: int, items: Sequence[int]) -> list[tuple[int, np.random.Generator]]:
-        draws = [draw(self.settings.seed, step, item) for item in items]
-        return [(int(rng.integers(len(self.known.tasks))), rng) for rng in draws]
-
-    def losses(self, model: nn.Module, step: int, items: Sequence[int]) -> dict[str, Tensor]:
-        drawn = self._drawn(step, items)
-        told = [self.data.condition(self.known.tasks[pick], rng) for pick, rng in drawn]
-        conditions = on(padded(self.data.conditions(told), self.hypernetwork), self.device)
-        rows = self._rows(step)
-        some = [some_of(layers, own) for layers, own in zip(self.looks, rows, strict=True) if len(own)]
-        weights = [weights[own] for weights, own in zip(self.base, rows, strict=True) if len(own)]
-        responses = model(some, conditions)
-        picks = torch.tensor([pick for pick, _ in drawn])
-        targets = self.known.loras[picks].to(self.device)
-        wanted = [
-            (A[:, own], B[:, own]) for (A, B), own in zip(targets.pairs(), rows, strict=True) if len(own)
-        ]
-        total: dict[str, Tensor] = {}
-        layers = sum(map(len, rows))
-        for response, W, (A, B) in zip(responses, weights, wanted, strict=True):
-            for name, value in stage1_losses(response, W, A, B).items():
-                total[name] = total.get(name, 0.0) + value * (len(W) / layers)
-        return total
-
-    def _rows(self, step: int) -> list[Tensor]:
-        """Some layers drawn for this step: their rows among those of each shape."""
-        counts = [len(weights) for weights in self.base]
-        drawn = draw(self.settings.seed, step).permutation(sum(counts))[: self.settings.layers]
-        rows, first = [], 0
-        for count in counts:
-            own = drawn[(drawn >= first) & (drawn < first + count)] - first
-            rows.append(torch.from_numpy(own).to(self.device))
-            first += count
-        return rows
-
-    def after_step(self, step: int) -> None:
-        pass
-
-    def state(self) -> list[nn.Module]:
-        return []
-
-    def validate(self) -> dict[str, float]:
-        if self.held_out is None:
-            return {}
-        return response_cosines(self.hypernetwork, self.data, self.known, self.held_out)
-
-
-class _Stage1(nn.Module):
-    """One forward pass of Stage I for data-parallel training."""
-
-    def __init__(self, hypernetwork: Hypernetwork):
-        super().__init__()
-        self.stage1 = hypernetwork.stage1
-
-    def forward(self, looks: list[Layers], conditions: Conditions) -> list[Response]:
-        condition = self.stage1.trunk.project(conditions)
-        return [self.stage1(layers, condition) for layers in looks]
+from .validation import weight_cosines
 
 
 class _Stage2(nn.Module):
@@ -149,13 +40,24 @@ class _Stage2(nn.Module):
 
     def forward(self, looks: list[Layers], conditions: Conditions) -> Factors:
         (stage1,) = self._stage1
-        with torch.no_grad():
-            condition = stage1.trunk.project(conditions)
-            features = [stage1(layers, condition).features for layers in looks]
+        features: Sequence[Tensor | None] = [None] * len(looks)
+        if self.stage2.trunk.config.feature_blocks:
+            with torch.no_grad():
+                condition = stage1.trunk.project(conditions)
+                features = [stage1(layers, condition).features for layers in looks]
         condition = self.stage2.trunk.project(conditions)
         found = (self.stage2(layers, condition, own) for layers, own in zip(looks, features, strict=True))
         A, B = zip(*found, strict=True)
         return Factors(A, B)
+
+
+@dataclass(frozen=True)
+class _Base:
+    """A base model to train through, its target layers by name, and what a predictor sees of them."""
+
+    denoiser: Denoiser
+    modules: dict[str, nn.Linear]
+    looks: list[Layers]
 
 
 class Diffusion(ABC):
@@ -171,7 +73,7 @@ class Diffusion(ABC):
 
     def __init__(
         self,
-        hypernetwork: Hypernetwork,
+        hypernetwork: Predictor,
         module: nn.Module,
         trained: nn.Module,
         data: Tasks,
@@ -184,17 +86,30 @@ class Diffusion(ABC):
         self.data, self.known, self.held_out = data, known, held_out
         self.settings, self.device = settings, device
         self.average = copy.deepcopy(trained).requires_grad_(False)
-        self.looks = looks_at(hypernetwork, [weights.to(device) for weights in data.weights_by_shape()])
-        self.denoiser = data.load_denoiser()
-        self.denoiser.model.to(device)
-        if settings.checkpoint_activations:
-            self.denoiser.model.enable_gradient_checkpointing()
         self.groups = names_by_shape(hypernetwork)
-        self.modules = self.denoiser.modules([name for names in self.groups for name in names])
+        self.bases = [self._opened(base) for base in data.family()]
+        if len(self.bases) > 1 and known is not None and settings.with_lora:
+            raise ValueError(
+                f"[{self.name}] with_lora = {settings.with_lora}: the LoRAs are of {data.base} alone. Set "
+                "with_lora = 0 where data.more_bases names others."
+            )
+        self._use(self.bases[0])
         self.coarse = data.coarse().to(device)
         self.own = {task: row for row, task in enumerate(known.tasks)} if known else {}
         self.weights = {name: getattr(settings, f"{name}_weight") for name in ("diffusion", "distillation")}
         self._injection = contextlib.ExitStack()
+
+    def _opened(self, base: OverBase) -> "_Base":
+        denoiser = base.load_denoiser()
+        denoiser.model.to(self.device)
+        if self.settings.checkpoint_activations:
+            denoiser.model.enable_gradient_checkpointing()
+        weights = [weights.to(self.device) for weights in base.weights_by_shape()]
+        modules = denoiser.modules([name for names in self.groups for name in names])
+        return _Base(denoiser, modules, looks_at(self.hypernetwork, weights))
+
+    def _use(self, base: "_Base") -> None:
+        self.denoiser, self.modules, self.looks = base.denoiser, base.modules, base.looks
 
     def tasks(self, step: int, items: Sequence[int]) -> list[str]:
         return [task.id for task, _ in self._drawn(step, items)]
@@ -211,6 +126,9 @@ class Diffusion(ABC):
 
     def losses(self, model: nn.Module, step: int, items: Sequence[int]) -> dict[str, Tensor]:
         settings, device = self.settings, self.device
+        common = draw(settings.seed, step)
+        use_fine = common.random() < settings.fine_prompts
+        self._use(self.bases[common.integers(len(self.bases))])
         tasks, draws = zip(*self._drawn(step, items), strict=True)
         told = [self.data.condition(task, rng) for task, rng in zip(tasks, draws, strict=True)]
         conditions = on(padded(self.data.conditions(told), self.hypernetwork), device)
@@ -219,7 +137,6 @@ class Diffusion(ABC):
         x, target, times, fine = self._noised(tasks, draws)
         rows = torch.tensor([self.own.get(task, -1) for task in tasks])
         teacher = self._teacher(x, times, fine, rows) if settings.distillation_weight else None
-        use_fine = draw(settings.seed, step).random() < settings.fine_prompts
         text = fine if use_fine else self.coarse.expanded(len(x))
         # Not taken out before the backward pass, which may compute the base model's blocks again.
         self._injection.close()
@@ -295,28 +212,21 @@ class Diffusion(ABC):
         return weight_cosines(self.hypernetwork, self.data, self.known, self.held_out)
 
 
-class Stage2(Diffusion):
-    """Fits Stage II, started from Stage I, with reconstruction (eq. 6), diffusion (eq. 7) and distillation.
-
-    Reconstruction needs a task's own LoRA; the other two run on every task.
-    """
-
-    name = "stage2"
+class Reconstruction(Diffusion):
+    """Also learns from tasks' own LoRAs (eq. 6); the other losses run on every task."""
 
     def __init__(
         self,
-        hypernetwork: Hypernetwork,
+        hypernetwork: Predictor,
+        module: nn.Module,
+        trained: nn.Module,
         data: Tasks,
         known: LoRADataset,
         held_out: LoRADataset | None,
-        settings: Stage2Config,
+        settings: ReconstructionConfig,
         device: torch.device,
     ):
-        hypernetwork.stage2.start_from(hypernetwork.stage1)
-        hypernetwork.to(device).stage1.requires_grad_(False)
-        super().__init__(
-            hypernetwork, _Stage2(hypernetwork), hypernetwork.stage2, data, known, held_out, settings, device
-        )
+        super().__init__(hypernetwork, module, trained, data, known, held_out, settings, device)
         self.weights["reconstruction"] = settings.reconstruction_weight
         self.compare = RECONSTRUCTION[settings.reconstruction]
 
@@ -338,3 +248,27 @@ class Stage2(Diffusion):
             )
         )
         return {"reconstruction": each.sum() / len(rows)}
+
+
+class Stage2(Reconstruction):
+    """Fits Stage II, started from Stage I or afresh, with reconstruction (eq. 6), diffusion (eq. 7) and
+    distillation.
+    """
+
+    name = "stage2"
+
+    def __init__(
+        self,
+        hypernetwork: Hypernetwork,
+        data: Tasks,
+        known: LoRADataset,
+        held_out: LoRADataset | None,
+        settings: Stage2Config,
+        device: torch.device,
+    ):
+        if settings.from_stage1:
+            hypernetwork.stage2.start_from(hypernetwork.stage1)
+        hypernetwork.to(device).stage1.requires_grad_(False)
+        super().__init__(
+            hypernetwork, _Stage2(hypernetwork), hypernetwork.stage2, data, known, held_out, settings, device
+        )

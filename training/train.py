@@ -10,6 +10,8 @@
         the LoRAs themselves (Stage II), from Stage I
     python training/train.py end-to-end --config ...
         both stages at once from clips alone, without LoRAs to learn from
+    python training/train.py text-to-lora --config ...
+        a baseline: an MLP from the condition alone, on the same LoRAs and clips
     python training/train.py lora-diffusion --config ...
         LoRA Diffusion, from the same LoRAs: a second generator, which draws another LoRA for every seed
     python training/train.py all --config ...
@@ -49,6 +51,7 @@ COMMANDS = (
     "stage1",
     "stage2",
     "end-to-end",
+    "text-to-lora",
     "all",
     "evaluate",
     "ship",

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from lofa_core.conditions import Conditions
 from lofa_core.hypernetwork import Hypernetwork
-from lofa_core.response_map import centred_cosine, cosine, response_map
+from lofa_core.response_map import THRESHOLD, centred_cosine, cosine, response_map
 
 from .data.folder_tasks import Tasks
 from .factors import Factors
-from .looks import looks_at, on
+from .looks import Predictor, looks_at, on
 from .lora_dataset import LoRADataset
 from .over_base import padded
 
@@ -22,21 +22,26 @@ _SEED = 4321  # of their sentences
 
 @torch.no_grad()
 def response_cosines(
-    hypernetwork: Hypernetwork, data: Tasks, known: LoRADataset, held_out: LoRADataset
+    hypernetwork: Hypernetwork,
+    data: Tasks,
+    known: LoRADataset,
+    held_out: LoRADataset,
+    threshold: float = THRESHOLD,
 ) -> dict[str, float]:
     """Cosine of Stage I's maps with the real ones, plain and centred on the mean training map, and that
     map's own plain cosine: what a prediction has to beat.
     """
     device = next(hypernetwork.parameters()).device
     weights = [own.to(device) for own in data.weights_by_shape()]
-    mean = mean_map(weights, known)
+    mean = mean_map(weights, known, threshold)
     stage1, looks = hypernetwork.stage1, looks_at(hypernetwork, weights)
     found = []
     for conditions, own in _held_out(data, held_out, hypernetwork):
-        real = response_maps(weights, own)
+        real = response_maps(weights, own, threshold)
         condition = stage1.trunk.project(conditions)
         guess = flat(
-            stage1(look, condition).probability(W)[0] for look, W in zip(looks, weights, strict=True)
+            stage1(look, condition).probability(W, threshold)[0]
+            for look, W in zip(looks, weights, strict=True)
         )
         found.append((cosine(guess, real), centred_cosine(guess, real, mean), cosine(mean, real)))
     names = ("response_cosine", "centred_response_cosine", "mean_map_cosine")
@@ -45,7 +50,7 @@ def response_cosines(
 
 @torch.no_grad()
 def weight_cosines(
-    hypernetwork: Hypernetwork, data: Tasks, known: LoRADataset, held_out: LoRADataset
+    hypernetwork: Predictor, data: Tasks, known: LoRADataset, held_out: LoRADataset
 ) -> dict[str, float]:
     """Cosine of predicted and real dW over all layers, plain and centred on the mean training dW, and the
     mean's own plain cosine.
@@ -73,20 +78,23 @@ def flat(parts: Iterable[Tensor]) -> Tensor:
     return torch.cat([part.flatten().cpu() for part in parts])
 
 
-def response_maps(weights: Sequence[Tensor], own: Factors) -> Tensor:
+def response_maps(weights: Sequence[Tensor], own: Factors, threshold: float = THRESHOLD) -> Tensor:
     """The response maps of one task's LoRA, all entries in a row, 0 or 1."""
-    maps = (response_map(W.cpu(), delta[0]) for W, delta in zip(weights, own.deltas(), strict=True))
+    maps = (
+        response_map(W.cpu(), delta[0], threshold) for W, delta in zip(weights, own.deltas(), strict=True)
+    )
     return flat(maps).float()
 
 
-def mean_map(weights: Sequence[Tensor], known: LoRADataset) -> Tensor:
+def mean_map(weights: Sequence[Tensor], known: LoRADataset, threshold: float = THRESHOLD) -> Tensor:
     """Their mean over the training tasks."""
-    maps = (response_maps(weights, known.loras[row : row + 1]) for row in range(len(known.tasks)))
+    rows = range(len(known.tasks))
+    maps = (response_maps(weights, known.loras[row : row + 1], threshold) for row in rows)
     return sum(maps) / len(known.tasks)
 
 
 def _held_out(
-    data: Tasks, held_out: LoRADataset, hypernetwork: Hypernetwork
+    data: Tasks, held_out: LoRADataset, hypernetwork: Predictor
 ) -> Iterator[tuple[Conditions, Factors]]:
     """(conditions, own LoRA) of held-out tasks, each told as training tells them."""
     rng, device = np.random.default_rng(_SEED), next(hypernetwork.parameters()).device

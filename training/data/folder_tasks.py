@@ -74,7 +74,7 @@ class FolderTasks(OverBase):
     """
 
     def __init__(self, config: DataConfig, folder: Path, base: Path):
-        super().__init__(base)
+        super().__init__(base, config.more_bases)
         self.config, self.folder = config, folder
         self.kinds = config.conditions
         self._encoders = encoders_of(base, self.weights.model, config.frames)

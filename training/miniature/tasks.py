@@ -41,12 +41,13 @@ class MiniatureTasks(OverBase):
     """
 
     def __init__(self, config: DataConfig, folder: Path, base: Path = miniature.FOLDER):
-        super().__init__(base)
+        super().__init__(base, config.more_bases)
         self.config, self.folder = config, Path(config.cache) if config.cache else folder
         self.kinds = config.conditions
         if "identity" in self.kinds:
             raise ValueError('conditions: this world has no identities; its base "faces" has.')
-        actions = world.split_actions(config.held_out_tasks, config.seed)
+        self._all_actions, held_out = world.split_actions(config.held_out_tasks, config.seed)
+        actions = _spread(self._all_actions, config.training_tasks), held_out
         looks = split_looks(config.held_out_looks, config.seed)
         parts = []
         for some_actions, some_looks in zip(actions, looks, strict=True):
@@ -82,7 +83,7 @@ class MiniatureTasks(OverBase):
         """Latents of the training actions in random looks, drawn and encoded once."""
         path = self.folder / "latents.pt"
         if not path.exists():
-            tasks = [WorldTask(action) for action in self._actions]
+            tasks = [WorldTask(action) for action in self._all_actions]
             encoded = encode_clips(load_vae(self.base), tasks, self.config.clips_per_task, self.config.seed)
             path.parent.mkdir(parents=True, exist_ok=True)
             encoded.save(path)
@@ -230,7 +231,7 @@ class MiniatureTasks(OverBase):
 
     @cached_property
     def _style_states(self) -> dict[world.Look, Tensor]:
-        return style_states(self.base, self._actions, self.folder / "style_states.pt")
+        return style_states(self.base, self._all_actions, self.folder / "style_states.pt")
 
     def style_rows(self, pictures: list[tuple[world.Look, int]]) -> Tensor:
         """The image encoder's states of some pictures of looks, one picture after the other [n S, d]."""
@@ -260,6 +261,13 @@ class MiniatureTasks(OverBase):
     def coarse(self) -> Prompts:
         """The coarse prompt, one row."""
         return self.prompts([self.coarse_prompt])
+
+
+def _spread(actions: list[world.Action], count: int) -> list[world.Action]:
+    """`count` of them, evenly spread; those of half as many are among them. 0: all."""
+    if not 0 <= count <= len(actions):
+        raise ValueError(f"training_tasks = {count}: expected 0 to {len(actions)} actions.")
+    return [actions[i * len(actions) // count] for i in range(count)] if count else actions
 
 
 def drawn_pose(document: list[dict]) -> Tensor:

@@ -1,0 +1,215 @@
+"""Experiments: the plan is read and checked, each is trained and judged once, seeds come together."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from tiny import generator
+
+from training import experiments as module
+from training.experiments import Experiment, Plan, Seed, done, keep, slug
+from training.miniature import world
+from training.miniature.latents import LatentClips
+
+CONFIG = """
+base = "miniature"
+out = "unused"
+[network]
+width = 16
+heads = 2
+blocks = 2
+mlp_ratio = 1
+pooling_queries = 2
+feature_blocks = [1]
+[data]
+clips_per_task = 1
+lora_tasks = 32
+[stage1]
+steps = 2
+tasks = 2
+layers = 4
+[stage2]
+steps = 2
+tasks = 2
+clips = 1
+warm_up = 1
+learning_rate = 0.02
+[text_to_lora]
+steps = 2
+tasks = 2
+clips = 1
+warm_up = 1
+learning_rate = 0.02
+width = 16
+"""
+PLAN = """
+config = "small.toml"
+out = "{folder}/runs"
+results = "{folder}/results"
+set = ['data.cache="{folder}/cache"', "stage1.validate_every=0", "stage2.validate_every=0"]
+[experiment."base"]
+prompts = ["coarse", "fine"]
+[experiment."mean LoRA"]
+[experiment."LoFA"]
+parts = ["stage1", "stage2"]
+[experiment."no features"]
+parts = ["stage2"]
+stage1_of = "LoFA"
+set = ["network.feature_blocks=[]"]
+[experiment."MLP"]
+parts = ["text-to-lora"]
+"""
+
+
+class FakeJudge:
+    """Says of a method how large its LoRAs are."""
+
+    def __init__(self, data, tasks, settings, evaluator):
+        self.tasks, self.settings = tasks, settings
+        rng = np.random.default_rng(settings.seed)
+        self.sentences = [data.reserved_sentence(task, rng) for task in tasks]
+
+    def measure(self, method):
+        size = 0.0 if method.factors is None else 1e6 * float(method.factors.deltas()[0].abs().mean())
+        return {"joint": size, "prompt": float(method.prompt == "fine"), "seed": self.settings.seed}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("experiments")
+    (folder / "small.toml").write_text(CONFIG)
+    (folder / "plan.toml").write_text(PLAN.format(folder=folder))
+    actions, _ = world.split_actions(32, 0)
+    labels = torch.tensor([action.indices() for action in actions], dtype=torch.uint8)
+    noise = torch.randn(len(actions), 16, 5, 8, 8, generator=generator(0)).half()
+    (folder / "cache").mkdir()
+    looks = torch.zeros(len(actions), 3, dtype=torch.uint8)
+    LatentClips(noise, labels, looks).save(folder / "cache" / "latents.pt")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(folder):
+    """All with one seed, two with another, then all again: by then nothing is left to do."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(module, "Judge", FakeJudge)
+    patch.setattr(module.evaluator, "load", lambda: None)
+    patch.chdir(folder)
+    said = []
+    for seed, only in (("0", []), ("1", ["--only", "base", "MLP"]), ("0", [])):
+        arguments = ["experiments", "--config", str(folder / "plan.toml"), "--seeds", seed, *only]
+        patch.setattr("sys.argv", arguments)
+        stream = io.StringIO()
+        patch.setattr(module, "Console", lambda stream=stream, **_: Console(file=stream, width=200))
+        assert module.main() == 0
+        said.append(stream.getvalue())
+    patch.undo()
+    files = {path.stem: json.loads(path.read_text()) for path in (folder / "results").glob("*.json")}
+    return files, said
+
+
+def test_every_experiment_has_the_figures_of_its_seeds(finished):
+    files, _ = finished
+    assert set(files) == {"base", "mean_lora", "lofa", "no_features", "mlp"}
+    seeds = {name: list(found["seeds"]) for name, found in files.items()}
+    assert seeds == {name: ["0", "1"] if name in ("base", "mlp") else ["0"] for name in files}
+    assert files["base"]["seeds"]["1"]["rows"]["coarse"] == {"joint": 0.0, "prompt": 0.0, "seed": 1235}
+    rows = {name: found["seeds"]["0"]["rows"] for name, found in files.items()}
+    assert rows["base"]["fine"]["prompt"] == 1.0 and set(rows["mean_lora"]) == {"coarse"}
+    sizes = {name: row["coarse"]["joint"] for name, row in rows.items()}
+    assert sizes["mean_lora"] > 0 and len(set(sizes.values())) == 5  # each has LoRAs of its own
+
+
+def test_what_only_a_trained_network_has_is_there(finished):
+    files, _ = finished
+    lofa, mlp, base = (files[name]["seeds"]["0"] for name in ("lofa", "mlp", "base"))
+    assert lofa["training_seconds"] > 0 and lofa["seconds"] > 0 and lofa["parameters"] > mlp["parameters"] > 0
+    assert 0 < lofa["response"]["stage1_cosine"] < 1 and "response" not in mlp
+    assert set(base) == {"rows", "machine"}
+
+
+def test_an_experiment_takes_anothers_stage_one_under_its_own_design(folder, finished):
+    own, other = (
+        module.load_hypernetwork(folder / "runs" / name / "stage1.safetensors")
+        for name in ("lofa-0", "no_features-0")
+    )
+    assert (own.config.feature_blocks, other.config.feature_blocks) == ((1,), ())
+    assert all(
+        torch.equal(value, other.stage1.state_dict()[key]) for key, value in own.stage1.state_dict().items()
+    )
+    assert not (folder / "runs" / "no_features-0" / "stage1" / "losses.jsonl").exists()
+
+
+def test_what_is_done_is_not_done_again_unless_it_is_changed(folder, finished):
+    _, (first, second, third) = finished
+    assert "LoFA, seed 0" in first and "MLP, seed 1" in second and third == ""
+    results = folder / "results"
+    experiment = Plan.load(folder / "plan.toml").experiments["no features"]
+    assert done(results, "no features", experiment, 0) and not done(results, "no features", experiment, 7)
+    assert not done(results, "no features", Experiment(("stage2",), ("stage2.steps=3",)), 0)
+    assert not done(results, "another", experiment, 0)
+
+
+def test_seeds_of_an_experiment_come_together_in_their_order(tmp_path):
+    experiment = Experiment(("stage1",), ("a=1",))
+    for seed in (10, 2):
+        keep(tmp_path / "new", "A name, of two", experiment, seed, {"rows": {"coarse": {"joint": seed / 3}}})
+    (path,) = (tmp_path / "new").iterdir()
+    assert path.name == "a_name_of_two.json" == f"{slug('A name, of two')}.json"
+    found = json.loads(path.read_text())
+    assert list(found["seeds"]) == ["2", "10"] and found["set"] == ["a=1"]
+    assert found["seeds"]["10"]["rows"]["coarse"]["joint"] == 3.3333
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("a = [", "not valid TOML"),
+        ('out = "a"\nresults = "b"', "config is missing"),
+        (
+            '[experiment."A"]\nparts = ["stage3"]',
+            r"parts = \['stage3'\]: expected some of lora-dataset, stage1",
+        ),
+        ('[experiment."A"]\nstage1_of = "B"', "stage1_of = 'B' is no experiment above it"),
+        ('[experiment."A"]\nprompt = ["fine"]', "unknown key 'prompt'. Did you mean 'prompts'"),
+    ],
+)
+def test_a_plan_that_is_wrong_is_named(tmp_path, written, said):
+    path = tmp_path / "plan.toml"
+    path.write_text(written)
+    with pytest.raises(ValueError, match=said) as error:
+        Plan.load(path)
+    assert "plan.toml" in str(error.value)
+
+
+def test_the_command_line_says_what_is_wrong(folder, monkeypatch, capsys):
+    arguments = ["experiments", "--config", str(folder / "plan.toml"), "--only", "LoFFA"]
+    monkeypatch.setattr("sys.argv", arguments)
+    assert module.main() == 2
+    assert "expected some of base, mean LoRA, LoFA" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_a_name_that_needs_training_and_says_no_parts_is_refused(folder):
+    plan = Plan.load(folder / "plan.toml")
+    seed = Seed(plan, 0, Console(file=io.StringIO()))
+    with pytest.raises(ValueError, match="'typo'.*has no parts"):
+        seed._untrained("typo", *[type("Known", (), {"indices": lambda self: None})()] * 2)
+
+
+def test_the_shipped_plan_is_whole():
+    from pathlib import Path
+
+    from training.config import load_config
+    from training.result_tables import TABLES
+
+    plan = Plan.load(Path(module.__file__).parent / "configs" / "experiments.toml")
+    for experiment in plan.experiments.values():
+        load_config(Path(plan.config), [*plan.set, *experiment.set])
+    named = {line.experiment: line.prompt for table in TABLES for line in table.lines}
+    missing = set(named) - set(plan.experiments)
+    # Tables may name sizes that nobody has run; each of those is a size of something that is there.
+    assert all(name.rpartition(", ")[0] in ("without response", "Text-to-LoRA MLP") for name in missing)
+    assert set(plan.experiments) <= set(named)

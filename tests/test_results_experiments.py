@@ -1,0 +1,138 @@
+"""The experiments' part of docs/RESULTS.md: figures, differences and gaps by hand, missing runs left out."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from training import result_tables, results, results_experiments
+from training.results_experiments import Experiments, against, gap_closed, mean_and_spread, section
+
+MEASURES = ("joint", "mean_accuracy", "frechet", "flow_matching", "motion", "diversity")
+
+
+def row(joint, frechet):
+    return dict.fromkeys(MEASURES, 0.5) | {"joint": joint, "frechet": frechet}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "experiments"
+    folder.mkdir()
+    figures = {
+        "base": {"coarse": [(0.0, 10.0), (0.1, 10.0), (0.0, 12.0)]},
+        "LoFA": {
+            "coarse": [(0.2, 6.0), (0.3, 7.0), (0.4, 5.0)],
+            "fine": [(0.5, 4.0), (0.5, 4.0), (0.5, 4.0)],
+        },
+        "per-task LoRA": {"coarse": [(0.4, 5.0), (0.3, 5.0), (0.4, 4.0)]},
+        "per-task LoRA, 30 steps": {"coarse": [(0.1, 8.0), (0.1, 8.0), (0.1, 8.0)]},
+        "without response": {"coarse": [(0.1, 8.0), (0.2, 9.0), (0.3, 7.0)]},
+        "LoFA, 32 tasks": {"coarse": [(0.1, 9.0)]},
+        "threshold 0.01": {"coarse": [(0.25, 6.5), (0.25, 6.5), (0.4, 5.0)]},
+    }
+    for name, prompts in figures.items():
+        count = len(prompts["coarse"])
+        seeds = {
+            str(seed): {
+                "machine": "cpu (test)",
+                "rows": {prompt: row(*values[seed]) for prompt, values in prompts.items()},
+            }
+            for seed in range(count)
+        }
+        if name == "LoFA":
+            names = [
+                f"{kind}_cosine"
+                for kind in ("stage1", "stage2", "stage2_to_stage1", "mean_map", "small_weight")
+            ]
+            names += [f"{kind}_centred_cosine" for kind in ("stage1", "stage2", "stage2_to_stage1")]
+            for place, one in enumerate(seeds.values()):
+                one["response"] = {n: 0.1 * k + 0.01 * place for k, n in enumerate(names)}
+                one |= {"seconds": 0.25, "parameters": 1234567}
+        (folder / f"{len(list(folder.iterdir()))}.json").write_text(
+            json.dumps({"name": name, "seeds": seeds})
+        )
+    return folder
+
+
+def test_mean_and_spread_by_hand():
+    assert mean_and_spread([], 2) == "" and mean_and_spread([0.5], 2) == "0.50"
+    assert mean_and_spread([1.0, 2.0, 3.0], 1) == "2.0 ± 1.0"
+
+
+def test_differences_are_paired_by_seed_and_bold_beyond_two_standard_errors():
+    ours = {seed: {"joint": joint} for seed, joint in enumerate((0.2, 0.3, 0.4))}
+    worse = {seed: {"joint": joint} for seed, joint in enumerate((0.1, 0.2, 0.3))}
+    assert against(ours, worse, "joint", 3) == "**-0.100 ± 0.000**"
+    mixed = {seed: {"joint": joint} for seed, joint in enumerate((0.25, 0.2, 0.45))}
+    assert against(ours, mixed, "joint", 2) == "+0.00 ± 0.05"
+    assert against(ours, {1: {"joint": 0.5}, 7: {"joint": 9.0}}, "joint", 1) == "+0.2"
+    assert against(ours, {7: {"joint": 9.0}}, "joint", 1) == ""
+
+
+def test_the_gap_is_that_of_the_same_seed(folder):
+    found = Experiments(folder)
+    lofa = {seed: row(*values) for seed, values in enumerate([(0.2, 6.0), (0.3, 7.0), (0.4, 5.0)])}
+    assert gap_closed(found, lofa, "joint") == pytest.approx([0.5, 1.0, 1.0])
+    assert gap_closed(found, lofa, "frechet") == pytest.approx([4 / 5, 3 / 5, 7 / 8])
+
+
+def test_the_page_has_every_table_that_has_runs_and_the_papers_figures_beside_them(folder, tmp_path):
+    lines = section(folder, tmp_path)
+    text = "\n".join(lines)
+    assert "cpu (test)" in text and "### Losses of Stage II" in text and "nearest LoRA" not in text
+    without = next(line for line in lines if line.startswith("| without response | 3 |"))
+    cells = [cell.strip() for cell in without.split("|")[1:-1]]
+    error = 0.0
+    assert cells[2] == "0.200 ± 0.100" and cells[4] == "8.00 ± 1.00"
+    assert cells[8:10] == [f"**-0.100 ± {error:.3f}**", f"**+2.00 ± {error:.2f}**"]
+    assert cells[-2:] == ["665.4", "0.2117"]
+    fine = next(line for line in lines if line.startswith("| LoFA, fine prompt |"))
+    assert "0.500 ± 0.000" in fine
+    threshold = next(line for line in lines if line.startswith("| 0.01 |"))
+    spread = math.sqrt(sum((d - 0.0) ** 2 for d in (0.05, -0.05, 0.0)) / 2 / 3)
+    assert f"+0.000 ± {spread:.3f}" in threshold or f"-0.000 ± {spread:.3f}" in threshold
+    cosines = next(line for line in lines if line.startswith("| Stage II to Stage I |"))
+    assert cosines == "| Stage II to Stage I | 0.210 ± 0.010 | 0.710 ± 0.010 | 0.91 |"
+    assert "| LoFA | 0.250 ± 0.000 | 1,234,567 |" in lines
+
+
+def test_bases_that_were_never_seen_stand_beside_the_first(folder):
+    bases = {"a_18": row(0.1, 8.0), "a_19": row(0.3, 10.0)}
+    for place, (name, joint) in enumerate((("base, styles", 0.0), ("styles, true W", 0.2))):
+        seeds = {"0": {"machine": "cpu", "rows": {"coarse": row(joint, 5.0)}, "bases": bases}}
+        (folder / f"bases{place}.json").write_text(json.dumps({"name": name, "seeds": seeds}))
+    lines = results_experiments.bases_table(Experiments(folder))
+    assert lines[-1] == "| styles | true W | 1 | 0.500 | 0.500 | 5.00 | 9.00 |" and len(lines) == 4
+
+
+def test_the_plots_are_drawn_where_there_are_two_points(folder, tmp_path):
+    lines = section(folder, tmp_path)
+    assert "![experiments_tasks](experiments_tasks.png)" in lines
+    assert "![experiments_budget](experiments_budget.png)" in lines
+    for name in ("tasks", "budget"):
+        with Image.open(tmp_path / f"experiments_{name}.png") as picture:
+            assert picture.width > 800 and len(np.unique(np.asarray(picture.convert("RGB")))) > 20
+    (folder / "5.json").unlink()  # LoFA with 32 tasks
+    (tmp_path / "again").mkdir()
+    assert "![experiments_tasks](experiments_tasks.png)" not in section(folder, tmp_path / "again")
+
+
+def test_the_command_puts_them_behind_the_other_tables(folder, tmp_path, monkeypatch):
+    (tmp_path / "text").mkdir()
+    rows = {"LoFA": dict.fromkeys(("joint", "mean_accuracy", "frechet", "flow_matching"), 0.25)}
+    (tmp_path / "text" / "evaluation.json").write_text(json.dumps({"condition": "text", "rows": rows}))
+    out = tmp_path / "RESULTS.md"
+    arguments = [f"text={tmp_path / 'text'}", "--experiments", str(folder), "--out", str(out)]
+    monkeypatch.setattr("sys.argv", ["results", *arguments])
+    assert results.main() == 0
+    page = out.read_text()
+    assert page.index("Each condition alone") < page.index("## Experiments") < page.index("### Methods")
+    assert f"--experiments {folder}" in page
+
+
+def test_tables_have_as_many_of_the_papers_figures_as_headings():
+    for table in result_tables.TABLES:
+        assert {len(line.paper) for line in table.lines} <= {0, len(table.paper)}

@@ -1,0 +1,270 @@
+"""Many small runs of one configuration, each with something changed, and what each does on held-out tasks.
+
+    python -m training.experiments --config training/configs/experiments.toml --seeds 0
+        every experiment of the file with this seed, in its order; what is done stays done
+    python -m training.experiments --config ... --only "random constants" "Text-to-LoRA MLP"
+        some of them
+
+Runs lie under the file's `out`, figures under `results`: one JSON an experiment, all its seeds in it, which
+`python -m training.results` turns into tables. Experiments of one seed build on each other's Stage I; several
+seeds can run at once.
+"""
+
+import argparse
+import json
+import re
+import sys
+import time
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.text import Text
+
+from lofa_core.checkpoint import load_hypernetwork, save_hypernetwork
+from lofa_core.hypernetwork import Hypernetwork
+
+from .baselines.simple import mean_lora, nearest_lora, ridge_lora
+from .config import EvaluationConfig, fill, load_config
+from .evaluate import held_out_conditions, rounded
+from .factors import Factors
+from .judge import Judge, Method, predicted_factors, response_figures
+from .looks import Predictor
+from .loop import Run
+from .machine import device_name
+from .miniature import evaluator
+from .miniature.tasks import MiniatureTasks
+
+PARTS = ("lora-dataset", "stage1", "stage2", "end-to-end", "text-to-lora")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What is run, and what is changed for it.
+
+    parts: of train.py, in order; the last one makes what is judged. Without any, it is a method that needs no
+    training, by its name. stage1_of: the experiment whose Stage I it starts from. prompts: under which the
+    LoRAs are judged. bases: folders of other base models that they are judged on as well.
+    """
+
+    parts: tuple[str, ...] = ()
+    set: tuple[str, ...] = ()
+    stage1_of: str = ""
+    prompts: tuple[str, ...] = ("coarse",)
+    bases: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if unknown := [part for part in self.parts if part not in PARTS]:
+            raise ValueError(f"parts = {unknown}: expected some of {', '.join(PARTS)}.")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An experiments file: the configuration all start from, what they all change, and where things go."""
+
+    config: str
+    out: str
+    results: str
+    set: tuple[str, ...]
+    experiments: dict[str, Experiment]
+
+    @classmethod
+    def load(cls, path: Path) -> "Plan":
+        """Raises ValueError naming the file, the experiment and the key."""
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"{path}: not valid TOML: {error}") from error
+        found: dict[str, Experiment] = {}
+        for name, given in values.pop("experiment", {}).items():
+            found[name] = fill(Experiment, given, f"{path} [experiment.{name!r}]")
+            if found[name].stage1_of and found[name].stage1_of not in found:
+                raise ValueError(
+                    f"{path} [experiment.{name!r}]: stage1_of = {found[name].stage1_of!r} is no experiment "
+                    "above it."
+                )
+        for key in ("config", "out", "results"):
+            if not isinstance(values.get(key), str):
+                raise ValueError(f"{path}: {key} is missing: name a file or folder.")
+        return cls(
+            str(path.parent / values["config"]),
+            values["out"],
+            values["results"],
+            tuple(values.get("set", ())),
+            found,
+        )
+
+
+def slug(name: str) -> str:
+    """A name as files have it."""
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
+class Seed:
+    """All experiments of one seed: the run of each, and one judge for all."""
+
+    def __init__(self, plan: Plan, seed: int, console: Console):
+        self.plan, self.seed, self.console = plan, seed, console
+        self._judges: dict[Path, Judge] = {}
+
+    def folder(self, name: str) -> Path:
+        return Path(self.plan.out) / f"{slug(name)}-{self.seed}"
+
+    def run(self, name: str) -> dict[str, Any]:
+        """Train what is not trained yet, and judge it."""
+        experiment = self.plan.experiments[name]
+        run = Run(self._config(name, experiment), self.console)
+        fresh, started = not any(run.folder.iterdir()), time.perf_counter()
+        if experiment.stage1_of:
+            self._take_stage1(experiment.stage1_of, run)
+        for part in experiment.parts:
+            getattr(run, part.replace("-", "_"))()
+        trained = time.perf_counter() - started
+        found = self._judged(name, experiment, run)
+        if experiment.parts and fresh:  # else some of it was done before
+            found["training_seconds"] = trained
+            if experiment.parts[-1] == "lora-dataset":
+                found["seconds"] = trained / (len(run.data.held_out) + run.config.data.lora_tasks)
+        return found
+
+    def _take_stage1(self, name: str, run: Run) -> None:
+        """Another experiment's Stage I, under a Stage II of this one's design."""
+        network = run.new_network()
+        other = load_hypernetwork(self.folder(name) / "stage1.safetensors")
+        network.stage1.load_state_dict(other.stage1.state_dict())
+        save_hypernetwork(network, run.folder / "stage1.safetensors", dtype=torch.float32)
+
+    def _config(self, name: str, experiment: Experiment):
+        seeds = [f"{part}.seed={self.seed}" for part in ("stage1", "stage2", "end_to_end", "text_to_lora")]
+        seeds.append(f"evaluation.seed={1234 + self.seed}")
+        changes = [*self.plan.set, *seeds, f'out="{self.folder(name)}"', *experiment.set]
+        return load_config(Path(self.plan.config), changes)
+
+    def judge(self, data: MiniatureTasks, settings: EvaluationConfig) -> Judge:
+        """One for each base model: the held-out tasks are the same for all experiments."""
+        if data.base not in self._judges:
+            self._judges[data.base] = Judge(data, data.held_out, settings, evaluator.load())
+        return self._judges[data.base]
+
+    def _judged(self, name: str, experiment: Experiment, run: Run) -> dict[str, Any]:
+        torch.set_num_threads(1)
+        judge = self.judge(run.data, run.config.evaluation)
+        known, wanted = run.packed("training"), run.packed("held_out")
+        told = held_out_conditions(run.data, judge, run.data.kinds[0])
+        found: dict[str, Any] = {}
+        started = time.perf_counter()
+        last = experiment.parts[-1] if experiment.parts else ""
+        factors: Factors | None = None
+        network: Predictor | None = None
+        if last in ("stage2", "end-to-end"):
+            network = load_hypernetwork(run.folder / "hypernetwork.safetensors")
+        elif last == "text-to-lora":
+            network = run.baselines()["Text-to-LoRA MLP"]
+        if network is not None:
+            factors = predicted_factors(network, run.data, told)
+            found["seconds"] = (time.perf_counter() - started) / len(told)
+            found["parameters"] = sum(p.numel() for p in network.parameters())
+        elif last == "lora-dataset":
+            factors = wanted.loras
+        else:
+            factors = self._untrained(name, known, wanted)
+        if name == "real clips":
+            return found | {"rows": {"coarse": judge.score(judge.real.latents.float())}}
+        rows = {prompt: judge.measure(Method(name, factors, prompt)) for prompt in experiment.prompts}
+        found["rows"] = rows
+        for base in map(Path, experiment.bases):
+            data = MiniatureTasks(run.config.data, run.folder, base)
+            own = factors if network is None else predicted_factors(network, data, told)
+            method = Method(name, own)
+            found.setdefault("bases", {})[base.name] = self.judge(data, run.config.evaluation).measure(method)
+        if isinstance(network, Hypernetwork) and run.config.stage2.from_stage1 and last == "stage2":
+            threshold = run.config.stage1.threshold
+            found["response"] = response_figures(network, run.data, told, known, wanted, threshold)
+        return found
+
+    @staticmethod
+    def _untrained(name: str, known, wanted) -> Factors | None:
+        """LoRAs of a method that is not trained by gradients; None for the base model itself."""
+        indices = known.indices(), wanted.indices()
+        match name:
+            case "mean LoRA":
+                return mean_lora(known.loras, len(wanted.tasks))
+            case "nearest LoRA":
+                return nearest_lora(known.loras, *indices)
+            case "ridge regression":
+                return ridge_lora(known.loras, *indices)
+            case "per-task LoRA":  # those that the configuration has trained, or the shipped ones
+                return wanted.loras
+            case "base" | "base, styles" | "base, swapped" | "real clips":
+                return None
+        raise ValueError(
+            f"[experiment.{name!r}] has no parts: only base, real clips, mean LoRA, nearest LoRA, ridge "
+            "regression and per-task LoRA need no training."
+        )
+
+
+def keep(results: Path, name: str, experiment: Experiment, seed: int, found: dict[str, Any]) -> None:
+    """Add a seed's figures to the experiment's file."""
+    path = results / f"{slug(name)}.json"
+    whole = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    seeds = whole.get("seeds", {}) | {str(seed): rounded(found)}
+    whole = {
+        "name": name,
+        "parts": list(experiment.parts),
+        "set": list(experiment.set),
+        "seeds": {key: seeds[key] for key in sorted(seeds, key=int)},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
+def done(results: Path, name: str, experiment: Experiment, seed: int) -> bool:
+    """Whether this seed's figures are there, of the experiment as it is now."""
+    path = results / f"{slug(name)}.json"
+    if not path.exists():
+        return False
+    whole = json.loads(path.read_text(encoding="utf-8"))
+    return str(seed) in whole["seeds"] and whole["set"] == list(experiment.set)
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m training.experiments",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", type=Path, required=True, help="training/configs/experiments.toml")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these experiments alone")
+    chosen = parser.parse_args()
+    console = Console(stderr=True, highlight=False)
+    try:
+        plan = Plan.load(chosen.config)
+        names = chosen.only or list(plan.experiments)
+        if unknown := [name for name in names if name not in plan.experiments]:
+            raise ValueError(f"--only {unknown}: expected some of {', '.join(plan.experiments)}.")
+        results = Path(plan.results)
+        for number in chosen.seeds:
+            seed = Seed(plan, number, console)
+            for name in names:
+                experiment = plan.experiments[name]
+                if done(results, name, experiment, number):
+                    continue
+                found = seed.run(name) | {"machine": device_name(torch.device("cpu"))}
+                keep(results, name, experiment, number, found)
+                row = {key: round(value, 4) for key, value in found["rows"]["coarse"].items()}
+                console.print(f"{name}, seed {number}: {row}", soft_wrap=True)
+    except (ValueError, OSError) as error:
+        console.print(Text("error ", "bold red"), Text(str(error)), soft_wrap=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

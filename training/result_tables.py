@@ -1,0 +1,136 @@
+"""The tables of the experiments, as data: which experiment stands in which line, beside which of the
+paper's figures.
+"""
+
+from dataclasses import dataclass
+
+BASE, LOFA, YARDSTICK = "base", "LoFA", "per-task LoRA"
+# Training steps of a per-task LoRA, and the experiment: the configuration's own has 120.
+BUDGETS = {
+    steps: YARDSTICK if steps == 120 else f"{YARDSTICK}, {steps} steps" for steps in (30, 60, 120, 250)
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of a table: an experiment under a prompt, and what the paper has in that place."""
+
+    label: str
+    experiment: str
+    prompt: str = "coarse"
+    paper: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, what to know of it, the headings of the paper's columns, and the rows."""
+
+    title: str
+    words: str
+    paper: tuple[str, ...]
+    lines: tuple[Line, ...]
+    against_lofa: bool = True  # with columns of the difference from LoFA, seed by seed
+
+
+MEASURES: dict[str, tuple[str, int]] = {
+    "joint": ("all factors right", 3),
+    "mean_accuracy": ("factors right", 3),
+    "frechet": ("Frechet distance", 2),
+    "flow_matching": ("flow matching", 4),
+    "motion": ("motion", 4),
+    "diversity": ("diversity", 2),
+}
+_FVD_DD = ("paper: FVD", "paper: dynamic degree")
+
+TABLES = (
+    Table(
+        "Methods (the paper's tables 1 and 4)",
+        "The paper's columns are its full-size text-to-action figures.",
+        _FVD_DD,
+        (
+            Line("base", "base"),
+            Line("base, fine prompt", "base", "fine"),
+            Line("mean LoRA", "mean LoRA"),
+            Line("nearest LoRA", "nearest LoRA"),
+            Line("ridge regression", "ridge regression"),
+            Line("Text-to-LoRA MLP, reconstruction", "Text-to-LoRA MLP, reconstruction alone"),
+            Line("Text-to-LoRA MLP, our losses", "Text-to-LoRA MLP, our losses"),
+            Line("end to end, diffusion (HM-CFG)", "end to end, diffusion alone"),
+            Line("end to end, distillation", "end to end, distillation"),
+            Line("without response", "without response", paper=("665.4", "0.2117")),
+            Line("lightweight Stage I", "lightweight Stage I", paper=("655.1", "0.2090")),
+            Line("Stage I predicts the LoRA", "Stage I predicts the LoRA"),
+            Line("condition as input", "condition as input", paper=("653.7", "0.2058")),
+            Line("random constants as input", "random constants as input"),
+            Line("LoFA", LOFA, paper=("589.8", "0.2283")),
+            Line("LoFA, fine prompt", LOFA, "fine"),
+            Line("per-task LoRA", YARDSTICK),
+            Line("per-task LoRA, fine prompt", YARDSTICK, "fine"),
+            Line("real clips", "real clips"),
+        ),
+    ),
+    Table(
+        "Losses of Stage II",
+        "All start from the same Stage I. As published is reconstruction and diffusion (eq. 8).",
+        (),
+        (
+            Line("reconstruction alone", "reconstruction alone"),
+            Line("reconstruction and diffusion (as published)", "reconstruction and diffusion"),
+            Line("diffusion alone", "diffusion alone"),
+            Line("distillation alone", "distillation alone"),
+            Line("all three (ours)", LOFA),
+        ),
+    ),
+    Table(
+        "Threshold of the response map (table 6)",
+        "",
+        _FVD_DD,
+        (
+            Line("0.01", "threshold 0.01", paper=("634.7", "0.2219")),
+            Line("0.015", "threshold 0.015", paper=("602.9", "0.2245")),
+            Line("0.02", LOFA, paper=("589.8", "0.2283")),
+            Line("0.025", "threshold 0.025", paper=("597.1", "0.2253")),
+            Line("0.03", "threshold 0.03", paper=("622.5", "0.2197")),
+        ),
+    ),
+    Table(
+        "Blocks of Stage II that attend to Stage I's features (tables 7 and 8)",
+        "The miniature has three blocks, the paper's network eight: its figures (FVD) are 660.1 for the "
+        "first two, 680.9 for all eight, 612.2 for the 4th and 6th, 589.8 for the 4th and 8th.",
+        (),
+        (
+            Line("none (Stage I's weights to start from alone)", "features nowhere"),
+            Line("1st", "features in block 0"),
+            Line("1st and 2nd", "features in blocks 0 and 1"),
+            Line("2nd and 3rd", "features in blocks 1 and 2"),
+            Line("1st and 3rd (ours)", LOFA),
+            Line("all", "features in every block"),
+        ),
+    ),
+    Table(
+        "Tasks that are learned from (figure 8)",
+        "",
+        (),
+        tuple(
+            Line(f"{method}, {count}", f"{method}, {count} tasks")
+            for method in ("LoFA", "without response", "Text-to-LoRA MLP")
+            for count in (32, 64, 128, 256)
+        )
+        + (
+            Line("LoFA, all 448", LOFA),
+            Line("without response, all 448", "without response"),
+            Line("Text-to-LoRA MLP, all 448", "Text-to-LoRA MLP, our losses"),
+        ),
+    ),
+    Table(
+        "Per-task LoRA, by its training steps",
+        "The yardstick above has 120.",
+        (),
+        tuple(
+            Line(f"{steps} steps, {prompt} prompt", name, prompt)
+            for steps, name in BUDGETS.items()
+            for prompt in ("coarse", "fine")
+        ),
+        against_lofa=False,
+    ),
+)

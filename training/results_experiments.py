@@ -1,0 +1,245 @@
+"""The part of docs/RESULTS.md that the experiments make (experiments.py): tables laid out as the paper's,
+with the paper's own figures beside them, and two plots.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from .result_tables import BASE, BUDGETS, LOFA, MEASURES, TABLES, YARDSTICK, Line, Table
+
+Rows = dict[int, dict[str, float]]  # by seed
+
+
+class Experiments:
+    """All figures in a folder of experiments.py."""
+
+    def __init__(self, folder: Path):
+        files = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+        self.seeds = {found["name"]: found["seeds"] for found in files}
+
+    def rows(self, line: Line) -> Rows:
+        """The figures of each seed under the line's prompt; nothing where it was not run."""
+        found = self.seeds.get(line.experiment, {})
+        return {
+            int(seed): one["rows"][line.prompt] for seed, one in found.items() if line.prompt in one["rows"]
+        }
+
+    def of(self, experiment: str, name: str) -> list[float]:
+        """One figure beside the rows, such as "seconds", of each seed that has it."""
+        return [one[name] for one in self.seeds.get(experiment, {}).values() if name in one]
+
+    def response(self) -> dict[str, list[float]]:
+        """LoFA's response cosines."""
+        found = [one["response"] for one in self.seeds.get(LOFA, {}).values() if "response" in one]
+        return {name: [one[name] for one in found] for name in found[0]} if found else {}
+
+
+def mean_and_spread(values: Sequence[float], digits: int) -> str:
+    """Mean and, of several, the standard deviation."""
+    if not values:
+        return ""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def against(ours: Rows, theirs: Rows, measure: str, digits: int) -> str:
+    """Their difference from ours, paired by seed; bold where it is beyond two standard errors of three or
+    more seeds.
+    """
+    seeds = sorted(ours.keys() & theirs.keys())
+    differences = [theirs[seed][measure] - ours[seed][measure] for seed in seeds]
+    if not differences:
+        return ""
+    mean = statistics.fmean(differences)
+    if len(differences) < 3:
+        return f"{mean:+.{digits}f}"
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    shown = f"{mean:+.{digits}f} ± {error:.{digits}f}"
+    return f"**{shown}**" if abs(mean) > 2.0 * error else shown
+
+
+def gap_closed(found: Experiments, rows: Rows, measure: str) -> list[float]:
+    """Of the way from the base to the per-task LoRA, the share that a method goes; one number a seed."""
+    base, own = found.rows(Line("", BASE)), found.rows(Line("", YARDSTICK))
+    seeds = rows.keys() & base.keys() & own.keys()
+    return [
+        (rows[seed][measure] - base[seed][measure]) / (own[seed][measure] - base[seed][measure])
+        for seed in sorted(seeds)
+        if own[seed][measure] != base[seed][measure]
+    ]
+
+
+def table_of(found: Experiments, table: Table) -> list[str]:
+    """Markdown; lines that were not run are left out."""
+    lofa = found.rows(Line("", LOFA))
+    extra: list[tuple[str, Callable[[Line, Rows], str]]] = []
+    if table.against_lofa:
+        extra += [
+            ("all right, from LoFA", lambda line, rows: _from_lofa(line, lofa, rows, "joint", 3)),
+            ("Frechet, from LoFA", lambda line, rows: _from_lofa(line, lofa, rows, "frechet", 2)),
+        ]
+    extra += [
+        ("gap closed, all right", lambda line, rows: mean_and_spread(gap_closed(found, rows, "joint"), 2)),
+        ("gap closed, Frechet", lambda line, rows: mean_and_spread(gap_closed(found, rows, "frechet"), 2)),
+    ]
+    headings = ["", "seeds", *(title for title, _ in MEASURES.values()), *(title for title, _ in extra)]
+    headings += table.paper
+    lines = ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
+    for line in table.lines:
+        rows = found.rows(line)
+        if not rows:
+            continue
+        cells = [line.label, str(len(rows))]
+        for measure, (_, digits) in MEASURES.items():
+            cells.append(mean_and_spread([row[measure] for row in rows.values() if measure in row], digits))
+        cells += [make(line, rows) for _, make in extra]
+        cells += line.paper or ("",) * len(table.paper)
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines if len(lines) > 2 else []
+
+
+def _from_lofa(line: Line, lofa: Rows, rows: Rows, measure: str, digits: int) -> str:
+    own = line.experiment == LOFA and line.prompt == "coarse"
+    return "" if own else against(lofa, rows, measure, digits)
+
+
+def response_table(found: Experiments) -> list[str]:
+    """Markdown: the cosines of section 4.4, beside what the mean map gets."""
+    figures = found.response()
+    if not figures:
+        return []
+    lines = ["| response maps | cosine | centred cosine | the paper's cosine |", "|---|---|---|---|"]
+    for label, plain, centred, paper in (
+        ("Stage I to the per-task LoRA's", "stage1_cosine", "stage1_centred_cosine", "0.77"),
+        ("Stage II to Stage I", "stage2_to_stage1_cosine", "stage2_to_stage1_centred_cosine", "0.91"),
+        ("Stage II to the per-task LoRA's", "stage2_cosine", "stage2_centred_cosine", "0.83"),
+        ("the mean training map to the per-task LoRA's", "mean_map_cosine", "", ""),
+        ("small weights to the per-task LoRA's", "small_weight_cosine", "", ""),
+    ):
+        cells = [mean_and_spread(figures[name], 3) if name else "" for name in (plain, centred)]
+        lines.append(f"| {label} | {' | '.join(cells)} | {paper} |")
+    return lines
+
+
+def bases_table(found: Experiments) -> list[str]:
+    """Markdown: networks trained over several bases, on the first of them and on two they never saw."""
+    lines = [
+        "| bases | network | seeds | factors right, first base | unseen bases | Frechet distance, first base "
+        "| unseen bases |"
+    ]
+    lines.append("|---" * 7 + "|")
+    for family in ("styles", "swapped"):
+        for label, name in (
+            ("none", f"base, {family}"),
+            ("true W", f"{family}, true W"),
+            ("random constants", f"{family}, random constants"),
+        ):
+            seeds = [one for one in found.seeds.get(name, {}).values() if "bases" in one]
+            if not seeds:
+                continue
+            cells = []
+            for measure, digits in (("mean_accuracy", 3), ("frechet", 2)):
+                first = [one["rows"]["coarse"][measure] for one in seeds]
+                unseen = [statistics.fmean(row[measure] for row in one["bases"].values()) for one in seeds]
+                cells += [mean_and_spread(first, digits), mean_and_spread(unseen, digits)]
+            lines.append(f"| {family} | {label} | {len(seeds)} | {' | '.join(cells)} |")
+    return lines if len(lines) > 2 else []
+
+
+def seconds_table(found: Experiments) -> list[str]:
+    """Markdown: what a personalisation costs."""
+    lines = ["| | seconds | parameters |", "|---|---|---|"]
+    for name in (LOFA, "Text-to-LoRA MLP, our losses"):
+        seconds, parameters = found.of(name, "seconds"), found.of(name, "parameters")
+        if seconds:
+            lines.append(f"| {name} | {mean_and_spread(seconds, 3)} | {parameters[0]:,.0f} |")
+    for steps, name in BUDGETS.items():
+        if seconds := found.of(name, "seconds"):
+            lines.append(f"| {YARDSTICK}, {steps} steps | {mean_and_spread(seconds, 1)} | |")
+    return lines if len(lines) > 2 else []
+
+
+def plots(found: Experiments, folder: Path) -> list[str]:
+    """Figure 8 and the budgets of per-task LoRAs as PNGs in `folder`; their names."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    methods = {"LoFA": LOFA, "without response": "without response"}
+    methods["Text-to-LoRA MLP"] = "Text-to-LoRA MLP, our losses"
+    curves = {
+        "tasks": {
+            label: {
+                count: found.rows(Line("", whole if count == 448 else f"{label}, {count} tasks"))
+                for count in (32, 64, 128, 256, 448)
+            }
+            for label, whole in methods.items()
+        },
+        "budget": {
+            f"per-task LoRA, {prompt} prompt": {
+                steps: found.rows(Line("", name, prompt)) for steps, name in BUDGETS.items()
+            }
+            for prompt in ("coarse", "fine")
+        },
+    }
+    axes_of = {"tasks": "training tasks", "budget": "training steps of a LoRA"}
+    written = []
+    for name, lines in curves.items():
+        lines = {label: {x: rows for x, rows in line.items() if rows} for label, line in lines.items()}
+        if max(map(len, lines.values())) < 2:
+            continue
+        figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+        for panel, measure in zip(panels, ("joint", "frechet"), strict=True):
+            for label, line in lines.items():
+                values = [[row[measure] for row in rows.values()] for rows in line.values()]
+                middle = [statistics.fmean(each) for each in values]
+                spread = [statistics.stdev(each) if len(each) > 1 else 0.0 for each in values]
+                panel.errorbar(list(line), middle, spread, marker="o", capsize=3, label=label)
+            panel.set_xscale("log", base=2)
+            panel.set_xticks(sorted({x for line in lines.values() for x in line}))
+            panel.xaxis.set_major_formatter("{x:.0f}")
+            panel.set_xlabel(axes_of[name])
+            panel.set_ylabel(MEASURES[measure][0])
+            panel.grid(alpha=0.3)
+        if name == "budget":
+            for panel, measure in zip(panels, ("joint", "frechet"), strict=True):
+                for prompt, style in (("coarse", "--"), ("fine", ":")):
+                    if rows := found.rows(Line("", LOFA, prompt)):
+                        level = statistics.fmean(row[measure] for row in rows.values())
+                        panel.axhline(level, color="black", linestyle=style, label=f"LoFA, {prompt} prompt")
+        panels[0].legend(fontsize="small")
+        figure.savefig(folder / f"experiments_{name}.png", dpi=110)
+        pyplot.close(figure)
+        written.append(f"experiments_{name}.png")
+    return written
+
+
+def section(folder: Path, pictures: Path) -> list[str]:
+    """The whole part of the page; the plots go into `pictures`, beside the page."""
+    found = Experiments(folder)
+    lines = ["", "## Experiments", ""]
+    machines = sorted({one["machine"] for seeds in found.seeds.values() for one in seeds.values()})
+    lines += [
+        "Shorter runs than the networks above, text alone, all with the same tasks, steps and seeds",
+        "(`python -m training.experiments --config training/configs/experiments.toml`): means and standard",
+        'deviations over seeds. A column "from LoFA" has the difference seed by seed with its',
+        "standard error, bold beyond two of them. The paper's own figures are from WAN2.1-1.3B at full size.",
+        f"Machine: {', '.join(machines)}.",
+    ]
+    for table in TABLES:
+        if rows := table_of(found, table):
+            lines += ["", f"### {table.title}", "", *([table.words, ""] if table.words else []), *rows]
+    for title, rows in (
+        ("Response maps (section 4.4)", response_table(found)),
+        ("Bases it never saw: true W and random constants", bases_table(found)),
+        ("Seconds for one personalisation", seconds_table(found)),
+    ):
+        if rows:
+            lines += ["", f"### {title}", "", *rows]
+    for picture in plots(found, pictures):
+        lines += ["", f"![{picture.removesuffix('.png')}]({picture})"]
+    return lines
