@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 from test_checkpoint import rewrite
-from tiny import CONFIG, SIDE, TEXT, base_tensors, describe, generator, network, text
+from tiny import CONFIG, TEXT, base_tensors, describe, generator, network, text
 from tiny_tasks import ACTIONS, RANK, Tasks, loras
 
 from lofa_core import generators
@@ -26,7 +26,6 @@ from lofa_core.conditions import Given
 from lofa_core.heatmap import render
 from lofa_core.hypernetwork import Hypernetwork
 from lofa_core.inspection import inspect
-from lofa_core.lora import LoRA, LoRALayer
 from lofa_core.lora_diffusion import (
     LoRADiffusion,
     LoRADiffusionConfig,
@@ -39,7 +38,7 @@ from lofa_core.lora_diffusion import (
     velocity,
     x0_from_velocity,
 )
-from lofa_core.lora_latent import LoRACodec, kl_divergence
+from lofa_core.lora_latent import kl_divergence
 from training.config import LoRADiffusionConfig as StageSettings
 from training.config import LoRAVAEConfig, TrainingConfig
 from training.lora_dataset import LoRADataset
@@ -73,61 +72,8 @@ def small(seed=0, config=SMALL, conditions=(TEXT,)):
     return found.eval().requires_grad_(False)
 
 
-def some_loras(count, rank=3, seed=0, base=None):
-    draw = generator(seed)
-    return [
-        LoRA(
-            {
-                layer.name: LoRALayer(
-                    torch.randn(rank, layer.shape[1], generator=draw),
-                    torch.randn(layer.shape[0], rank, generator=draw),
-                    alpha=2.0,
-                )
-                for layer in (base or describe()).layers
-            }
-        )
-        for _ in range(count)
-    ]
-
-
 def same(one, other):
     return all(torch.allclose(one.delta(name), other.delta(name), atol=1e-3) for name in one)
-
-
-@pytest.mark.parametrize("form", ["canonical", "trained"])
-@pytest.mark.parametrize("ranks", [(3, 3), (3, 2)])
-def test_a_lora_comes_back_from_its_numbers_with_the_same_dw(form, ranks):
-    codec, given = LoRACodec(describe(), 3, form), [some_loras(1, rank, rank)[0] for rank in ranks]
-    codec.fit(some_loras(6, seed=9))
-    numbers = codec.numbers(given)
-    assert [tuple(own.shape) for own in numbers] == [(2, 16, 3 * 2 * SIDE)]
-    assert all(same(one, other) for one, other in zip(given, codec.loras(numbers), strict=True))
-
-
-def test_the_canonical_form_does_not_depend_on_the_basis_and_the_trained_one_does():
-    (lora,) = some_loras(1)
-    turn = torch.linalg.qr(torch.randn(3, 3, generator=generator(4))).Q
-    turned = LoRA({n: LoRALayer(turn.T @ own.A, own.B @ turn, own.alpha) for n, own in lora.items()})
-    for form, alike in (("canonical", True), ("trained", False)):
-        (one,), (other,) = (LoRACodec(describe(), 3, form).numbers([given]) for given in (lora, turned))
-        assert torch.allclose(one, other, atol=1e-3) == alike
-
-
-def test_numbers_of_the_fitted_loras_have_zero_mean_and_unit_variance_in_every_layer():
-    codec, given = LoRACodec(describe(), 3, "canonical"), some_loras(12)
-    codec.fit(given)
-    (numbers,) = codec.numbers(given)
-    assert numbers.mean(0).abs().max() < 1e-4
-    for part in numbers.split(3 * SIDE, -1):
-        assert torch.allclose(part.square().mean(dim=(0, 2)), torch.ones(16), atol=1e-3)
-
-
-def test_loras_that_do_not_fit_the_codec_are_named():
-    codec, (lora,) = LoRACodec(describe(), 2, "trained"), some_loras(1)
-    with pytest.raises(ValueError, match="rank 3: expected at most 2"):
-        codec.numbers([lora])
-    with pytest.raises(ValueError, match="1 layers: expected the 16 target layers of WAN2.1 miniature"):
-        codec.numbers([LoRA(dict(list(lora.items())[:1]))])
 
 
 def test_the_equations_of_the_process():
