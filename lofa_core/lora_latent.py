@@ -151,23 +151,21 @@ class LoRAVAE(nn.Module):
         self.down = nn.ModuleDict({key: PerLayer(n, size, layer_width) for key, (n, size) in sizes.items()})
         self.up = nn.ModuleDict({key: PerLayer(n, layer_width, size) for key, (n, size) in sizes.items()})
         together = layer_width * sum(self.counts)
+        gaussian = nn.Linear(width, 2 * latent)
+        nn.init.constant_(gaussian.bias[latent:], _LOG_VARIANCE)
         self.encoder = nn.Sequential(
-            nn.Linear(together, width),
-            *(Residual(width) for _ in range(blocks)),
-            nn.Linear(width, 2 * latent),
+            nn.Linear(together, width), *(Residual(width) for _ in range(blocks)), gaussian
         )
         self.decoder = nn.Sequential(
             nn.Linear(latent, width), *(Residual(width) for _ in range(blocks)), nn.Linear(width, together)
         )
-
-        nn.init.constant_(self.encoder[-1].bias[latent:], _LOG_VARIANCE)
 
     @torch.no_grad()
     def start(self, numbers: Numbers) -> None:
         """Give each layer's maps the principal directions of these K LoRAs' numbers, in units in which they
         have unit variance: a start from which what all layers share is soon learned.
         """
-        for down, up, own in zip(self.down.values(), self.up.values(), numbers, strict=True):
+        for down, up, own in zip(_maps(self.down), _maps(self.up), numbers, strict=True):
             _, size, directions = torch.linalg.svd(own.transpose(0, 1), full_matrices=False)  # [L, K, in]
             kept = min(self.layer_width, directions.shape[1])
             unit = (size[:, :kept].square().mean(1) / len(own)).sqrt().clamp_min(1e-8)[:, None, None]
@@ -193,6 +191,10 @@ class LoRAVAE(nn.Module):
         """(numbers of a latent drawn with noise [K, latent], its mean, its log variance)."""
         mean, log_variance = self.encode(numbers)
         return self.decode(drawn(mean, log_variance, noise)), mean, log_variance
+
+
+def _maps(modules: nn.ModuleDict) -> list[PerLayer]:
+    return [own for own in modules.values() if isinstance(own, PerLayer)]
 
 
 def drawn(mean: Tensor, log_variance: Tensor, noise: Tensor) -> Tensor:
