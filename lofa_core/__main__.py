@@ -15,13 +15,15 @@ from safetensors import SafetensorError
 
 from . import __version__, miniature
 from .base_models import BaseWeights
-from .checkpoint import load_hypernetwork, save_hypernetwork
+from .checkpoint import load_generator, save_hypernetwork
 from .command_checks import check_outputs, find_device
 from .console import Parser, complain
+from .generators import predict
 from .heatmap import render
 from .inspection import inspect
+from .lora_diffusion import LoRADiffusion
 from .lora_files import match, save_lora, write_safetensors
-from .prediction import Prediction, predict
+from .prediction import Prediction
 from .released import load_released
 
 try:
@@ -87,6 +89,9 @@ def _parser() -> argparse.ArgumentParser:
     predict_.add_argument(
         "--response-out", type=Path, metavar="R", help="also write the response maps (.safetensors)"
     )
+    predict_.add_argument(
+        "--seed", type=_seed, default=0, metavar="N", help="LoRA Diffusion draws another LoRA for another one"
+    )
     predict_.add_argument("--heatmap", type=Path, metavar="PNG", help="also draw the response maps")
     predict_.set_defaults(run=_predict)
 
@@ -129,7 +134,12 @@ def _predict(options: argparse.Namespace) -> None:
     )
     device = find_device(options.device)
 
-    hypernetwork = load_hypernetwork(hypernetwork_file, DTYPES[options.dtype])
+    hypernetwork = load_generator(hypernetwork_file, DTYPES[options.dtype])
+    if isinstance(hypernetwork, LoRADiffusion) and (options.response_out or options.heatmap):
+        raise ValueError(
+            f"{hypernetwork_file.name}: a LoRA Diffusion, which predicts no response maps. Leave out "
+            "--response-out and --heatmap, or name a hypernetwork."
+        )
     base = BaseWeights.open(base_path)
     conditions = read_conditions(options, hypernetwork.conditions, base_path)
     console = Console(stderr=True)
@@ -139,6 +149,7 @@ def _predict(options: argparse.Namespace) -> None:
             hypernetwork,
             base,
             conditions,
+            seed=options.seed,
             device=device,
             dtype=DTYPES[options.dtype],
             progress=lambda done, total: bar.update(task, completed=done, total=total),
@@ -226,6 +237,13 @@ def _finite(text: str) -> float:
     if not math.isfinite(number):
         raise argparse.ArgumentTypeError(f"{text} is not a finite number")
     return number
+
+
+def _seed(text: str) -> int:
+    seed = int(text)
+    if not 0 <= seed < 2**64:
+        raise argparse.ArgumentTypeError(f"{text} is not in 0 .. 2^64 - 1")
+    return seed
 
 
 def _sha256(path: Path) -> str:

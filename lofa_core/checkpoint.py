@@ -1,19 +1,29 @@
-"""Our hypernetwork file: one safetensors with the weights, its configuration as JSON in the metadata."""
+"""Our hypernetwork file: one safetensors with the weights, its configuration as JSON in the metadata.
+
+A LoRA Diffusion's file is the same under another format.
+"""
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from .base_models import open_safetensors
 from .descriptions import BaseDescription, ConditionDescription, HypernetworkConfig, LayerDescription
 from .hypernetwork import Hypernetwork
 from .int8 import SUFFIX, packed, unpacked
+from .lora_diffusion import LoRADiffusion, LoRADiffusionConfig
 from .lora_files import each_tensor, write_safetensors
 from .steps import UNWATCHED, Watch
 
 FORMAT = "lofa.hypernetwork.2"
+DIFFUSION_FORMAT = "lofa.lora_diffusion.1"
+Generator = Hypernetwork | LoRADiffusion
+Network = TypeVar("Network", Hypernetwork, LoRADiffusion)
 
 
 def save_hypernetwork(
@@ -23,27 +33,44 @@ def save_hypernetwork(
 
     `dtype`: what floating-point weights are cast to; torch.int8 packs them by rows (int8.py).
     """
-    base = hypernetwork.base
+    _save(hypernetwork, hypernetwork.own_state(), FORMAT, Path(path), dtype, notes)
+
+
+def save_lora_diffusion(
+    network: LoRADiffusion, path: Path | str, *, dtype: torch.dtype | None = None, notes: str = ""
+) -> None:
+    """The same for a LoRA Diffusion."""
+    _save(network, network.state_dict(), DIFFUSION_FORMAT, Path(path), dtype, notes)
+
+
+def _save(
+    network: Generator,
+    tensors: Mapping[str, Tensor],
+    format: str,
+    path: Path,
+    dtype: torch.dtype | None,
+    notes: str,
+) -> None:
+    base = network.base
     header = {
-        "config": asdict(hypernetwork.config),
+        "config": asdict(network.config),
         "base": {
             "name": base.name,
             "fingerprint": base.fingerprint,
             "layers": [[layer.name, layer.depth, layer.kind, *layer.shape] for layer in base.layers],
         },
-        "conditions": [asdict(condition) for condition in hypernetwork.conditions.values()],
+        "conditions": [asdict(condition) for condition in network.conditions.values()],
     }
-    tensors = hypernetwork.own_state()
     if dtype == torch.int8:
         tensors = packed(tensors)
     elif dtype is not None:
         tensors = {
             key: value.to(dtype) if value.is_floating_point() else value for key, value in tensors.items()
         }
-    metadata = {"format": FORMAT, "lofa": json.dumps(header)}
+    metadata = {"format": format, "lofa": json.dumps(header)}
     if notes:
         metadata["notes"] = notes
-    write_safetensors(tensors, Path(path), metadata)
+    write_safetensors(dict(tensors), path, metadata)
 
 
 def load_hypernetwork(
@@ -60,6 +87,39 @@ def load_hypernetwork(
     return hypernetwork.filled(unpacked(watch.each(each_tensor(path), tensors), dtype))
 
 
+def load_generator(
+    path: Path | str, dtype: torch.dtype | None = torch.float32, *, watch: Watch = UNWATCHED
+) -> Generator:
+    """A hypernetwork or a LoRA Diffusion, whichever the file's metadata says. As `load_hypernetwork`."""
+    path = Path(path)
+    if format_of(path) != DIFFUSION_FORMAT:
+        return load_hypernetwork(path, dtype, watch=watch)
+    network = describe_lora_diffusion(path)
+    with open_safetensors(path) as handle:
+        tensors = watch.each(each_tensor(path), len(handle.keys()))
+    network.load_state_dict(unpacked(tensors, dtype), strict=False, assign=True)
+    return network.eval().requires_grad_(False)
+
+
+def format_of(path: Path) -> str:
+    """The format that a file's metadata names; empty where it is no safetensors file or names none."""
+    if path.suffix in (".pth", ".pt"):
+        return ""
+    with open_safetensors(path) as handle:
+        return (handle.metadata() or {}).get("format", "")
+
+
+def describe_lora_diffusion(path: Path) -> LoRADiffusion:
+    """The LoRA Diffusion that a file holds, unfilled. Raises as `load_hypernetwork`."""
+
+    def build(header: dict) -> tuple[LoRADiffusion, Mapping[str, Tensor]]:
+        with torch.device("meta"):
+            network = LoRADiffusion(LoRADiffusionConfig(**header["config"]), *_trained_for(header))
+        return network, network.state_dict()
+
+    return _described(path, DIFFUSION_FORMAT, "LoRA Diffusion", build)
+
+
 def describe_hypernetwork(path: Path) -> Hypernetwork:
     """The network that a file holds, unfilled: nothing but names and shapes is read. Raises as
     `load_hypernetwork`.
@@ -69,23 +129,36 @@ def describe_hypernetwork(path: Path) -> Hypernetwork:
             f"{path.name}: one file of LoFA_v0, which has two. Join them: python -m lofa_core convert "
             "--stage1 stage1_preview.pth --stage2 stage2_preview.pth --out lofa_v0.safetensors"
         )
+
+    def build(header: dict) -> tuple[Hypernetwork, Mapping[str, Tensor]]:
+        config = HypernetworkConfig(**_with_tuples(header["config"], "feature_blocks", "grid"))
+        network = Hypernetwork.unfilled(config, *_trained_for(header))
+        return network, network.own_state()
+
+    return _described(path, FORMAT, "LoFA hypernetwork", build)
+
+
+def _described(
+    path: Path, format: str, what: str, build: Callable[[dict], tuple[Network, Mapping[str, Tensor]]]
+) -> Network:
+    """What `build` makes of a file's header, after its tensors' names and shapes are compared with that."""
     with open_safetensors(path) as handle:
         metadata = handle.metadata() or {}
         shapes = {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}
         packed_keys = {key for key in shapes if handle.get_slice(key).get_dtype() == "I8"}
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") != format:
         raise ValueError(
-            f"{path.name}: not a LoFA hypernetwork (its metadata says format "
-            f"{metadata.get('format', 'nothing')!r}, expected {FORMAT!r}). "
+            f"{path.name}: not a {what} (its metadata says format "
+            f"{metadata.get('format', 'nothing')!r}, expected {format!r}). "
             "Choose a file written by LoFA's training or by `python -m lofa_core convert`."
         )
     try:
-        hypernetwork = Hypernetwork.unfilled(*_descriptions(json.loads(metadata["lofa"])))
+        network, tensors = build(json.loads(metadata["lofa"]))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path.name}: its LoFA header is damaged ({error}). Download or train it again."
         ) from error
-    expected = {key: tuple(value.shape) for key, value in hypernetwork.own_state().items()}
+    expected = {key: tuple(value.shape) for key, value in tensors.items()}
     expected |= {key + SUFFIX: expected[key][:1] for key in packed_keys & expected.keys()}
     if expected.keys() != shapes.keys():
         missing, unknown = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
@@ -96,18 +169,15 @@ def describe_hypernetwork(path: Path) -> Hypernetwork:
     for key, shape in shapes.items():
         if expected[key] != shape:
             raise ValueError(f"{path.name}: {key} is {list(shape)}, its header says {list(expected[key])}.")
-    return hypernetwork
+    return network
 
 
-def _descriptions(
-    header: dict,
-) -> tuple[HypernetworkConfig, BaseDescription, tuple[ConditionDescription, ...]]:
+def _trained_for(header: dict) -> tuple[BaseDescription, tuple[ConditionDescription, ...]]:
     base = header["base"]
     layers = tuple(
         LayerDescription(name, depth, kind, (out, into)) for name, depth, kind, out, into in base["layers"]
     )
     return (
-        HypernetworkConfig(**_with_tuples(header["config"], "feature_blocks", "grid")),
         BaseDescription(base["name"], layers, base["fingerprint"]),
         tuple(ConditionDescription(**_with_tuples(given, "words", "size")) for given in header["conditions"]),
     )

@@ -9,6 +9,10 @@ Readout = Literal["local", "pooled"]
 Kind = Literal["text", "pose", "style", "identity"]
 KINDS: tuple[str, ...] = get_args(Kind)
 Shape = tuple[int, int]  # (out, in) of a target layer
+# Of the LoRAs in LoRA Diffusion. "canonical": B = U sqrt(S), A = sqrt(S) V^T. "trained": A and B as they
+# are, for LoRAs that all started from one A, which a rotation into singular vectors would pull apart.
+Form = Literal["canonical", "trained"]
+Target = Literal["x0", "v"]  # what its network puts out
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,10 @@ def render(
         raise ValueError(f"cell is {cell} pixels; a layer's map needs at least 16 to be seen.")
     placed = {place(name): responses[name] for name in responses}
     if not placed:
-        raise ValueError("There is no response map to draw; run Stage I first.")
+        raise ValueError(
+            "There is no response map to draw. A hypernetwork's Stage I gives them, LoRA Diffusion has none: "
+            "save its LoRA and use Response from LoRA."
+        )
     kinds = list(dict.fromkeys(columns if columns is not None else (kind for _, kind in placed)))
     depths = list(dict.fromkeys(rows if rows is not None else sorted({depth for depth, _ in placed})))
 

@@ -8,7 +8,13 @@ from pathlib import Path
 from torch import Tensor
 
 from .base_models import BaseWeights, TargetLayer, describe, open_safetensors
-from .checkpoint import FORMAT, describe_hypernetwork
+from .checkpoint import (
+    DIFFUSION_FORMAT,
+    FORMAT,
+    Generator,
+    describe_hypernetwork,
+    describe_lora_diffusion,
+)
 from .descriptions import ConditionDescription, LayerDescription
 from .key_names import LAYOUTS, canonical_name, default_layout, layout_name
 from .lora import LoRA
@@ -46,7 +52,7 @@ def inspect(path: Path | str) -> Description:
         return _released_stage(path)
     with open_safetensors(path) as handle:
         keys, metadata = list(handle.keys()), handle.metadata() or {}
-    if metadata.get("format") == FORMAT:
+    if metadata.get("format") in (FORMAT, DIFFUSION_FORMAT):
         return _hypernetwork(path, metadata)
     if any(".lora" in key or key.startswith("lora_") or key.endswith(".alpha") for key in keys):
         return _lora(load_lora(path), keys)
@@ -117,13 +123,14 @@ def _lora_fits(lora: LoRA) -> str:
 
 
 def _hypernetwork(path: Path, metadata: dict[str, str]) -> Description:
-    hypernetwork = describe_hypernetwork(path)
+    diffusion = metadata["format"] == DIFFUSION_FORMAT
+    hypernetwork: Generator = describe_lora_diffusion(path) if diffusion else describe_hypernetwork(path)
     with open_safetensors(path) as handle:  # as stored: in memory it is float32
         dtypes = _dtypes(handle.get_tensor(key) for key in handle.keys())
     base = hypernetwork.base
     shapes = Counter(tuple(layer.shape) for layer in base.layers)
     return Description(
-        f"a hypernetwork: it predicts LoRAs for {base.name}",
+        f"a {'LoRA Diffusion: it draws' if diffusion else 'hypernetwork: it predicts'} LoRAs for {base.name}",
         (
             ("target layers", _shapes(shapes)),
             ("blocks", _blocks(base.layers)),
@@ -132,7 +139,10 @@ def _hypernetwork(path: Path, metadata: dict[str, str]) -> Description:
             ("coarse prompt", hypernetwork.coarse_prompt or "none"),
             ("parameters", f"{sum(p.numel() for p in hypernetwork.parameters()):,}"),
             ("dtype", dtypes),
-            ("layout", "LoFA's own, both stages in one file"),
+            (
+                "layout",
+                "LoFA's own, " + ("VAE and diffusion" if diffusion else "both stages") + " in one file",
+            ),
             ("fits", f"{base.name}, fingerprint {base.fingerprint or 'not recorded'}"),
             *((name, metadata[name]) for name in ("notes",) if name in metadata),
         ),

@@ -6,12 +6,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .base_models import BaseWeights, TargetLayer
 from .conditions import Conditions
+from .descriptions import BaseDescription, ConditionDescription
 from .hypernetwork import Hypernetwork, Response
 from .lora import LoRA, LoRALayer
 from .steps import Progress
@@ -54,6 +56,13 @@ class ResponseMaps(Mapping[str, Tensor]):
         return len(self._responses)
 
 
+class TrainedFor(Protocol):
+    """What predicts LoRAs, a Hypernetwork or a LoRADiffusion: the base model and the conditions it knows."""
+
+    base: BaseDescription
+    conditions: dict[str, ConditionDescription]
+
+
 @dataclass
 class Prediction:
     """A predicted LoRA, Stage I's response maps by layer name, and the seconds both took."""
@@ -63,7 +72,7 @@ class Prediction:
     seconds: float = 0.0
 
 
-def fitting_layers(hypernetwork: Hypernetwork, base: BaseWeights) -> list[TargetLayer]:
+def fitting_layers(hypernetwork: TrainedFor, base: BaseWeights) -> list[TargetLayer]:
     """The base model's layers in the hypernetwork's order. ValueError, naming both, where they do not fit."""
     wanted, found = hypernetwork.base, {layer.name: layer for layer in base.model.layers}
     shapes = {layer.name: layer.shape for layer in base.model.layers}
@@ -114,6 +123,12 @@ def predict(
 
     _in_batches(network, base, device, batch_size, batch, progress, check_cancelled)
     in_order = {layer.name: found[layer.name] for layer in hypernetwork.base.layers}
+    metadata = metadata_of(hypernetwork, base, conditions)
+    return Prediction(LoRA(in_order, metadata), responses, time.perf_counter() - started)
+
+
+def metadata_of(hypernetwork: TrainedFor, base: BaseWeights, conditions: Conditions) -> dict[str, str]:
+    """What a predicted LoRA's file says of where it came from."""
     fingerprint, known = base.fingerprint(), hypernetwork.base.fingerprint
     metadata = {
         "lofa_condition": " + ".join(conditions),
@@ -122,7 +137,7 @@ def predict(
     }
     if known and fingerprint != known:
         metadata["lofa_note"] = "predicted for other weights than the hypernetwork was trained with"
-    return Prediction(LoRA(in_order, metadata), responses, time.perf_counter() - started)
+    return metadata
 
 
 @torch.no_grad()
@@ -166,7 +181,7 @@ def _ready(
     return hypernetwork, {kind: given.to(wanted) for kind, given in conditions.items()}
 
 
-def check_conditions(hypernetwork: Hypernetwork, conditions: Conditions) -> None:
+def check_conditions(hypernetwork: TrainedFor, conditions: Conditions) -> None:
     """ValueError where the conditions of one task are not such as the hypernetwork knows."""
     known = hypernetwork.conditions
     for kind, given in conditions.items():

@@ -5,7 +5,7 @@ import json
 from comfy_api.latest import io
 
 from ..lofa_core import miniature
-from ..lofa_core.checkpoint import load_hypernetwork
+from ..lofa_core.checkpoint import load_generator
 from ..lofa_core.released import load_released
 from . import host
 from .sockets import CATEGORY, HypernetworkSocket, PoseSocket
@@ -61,7 +61,7 @@ class LoadHypernetwork(io.ComfyNode):
             )
         if not published and not alone:
             raise ValueError(f"{hypernetwork} is whole: set stage2 to {host.NO_STAGE2}, not {stage2}.")
-        load = load_released if published else load_hypernetwork
+        load = load_released if published else load_generator
         return io.NodeOutput(
             load(*host.hypernetwork_files(hypernetwork, stage2), dtype=None, watch=host.watch())
         )

@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from .conditions import EXAMPLE, combined, picture_condition, pose_condition, text_condition
-from .predict import lora_outputs, personalised, strength_input
+from .predict import lora_outputs, personalised, seed_input, strength_input
 from .sockets import CATEGORY, HypernetworkSocket, PoseSocket
 
 
@@ -45,6 +45,7 @@ class Personalize(io.ComfyNode):
                     tooltip="A picture of the style or the face, from core's CLIP Vision Encode; which of "
                     "them is what the hypernetwork knows.",
                 ),
+                seed_input(),
             ],
             outputs=lora_outputs(),
             hidden=[io.Hidden.unique_id],
@@ -52,7 +53,7 @@ class Personalize(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, hypernetwork, model, text, strength, clip=None, keypoints=None, clip_vision_output=None
+        cls, hypernetwork, model, text, strength, clip=None, keypoints=None, clip_vision_output=None, seed=0
     ) -> io.NodeOutput:
         given = []
         if text.strip():
@@ -71,5 +72,5 @@ class Personalize(io.ComfyNode):
             given.append(picture_condition(hypernetwork, (kinds or ["style"])[0], clip_vision_output))
         if not given:
             raise ValueError("Nothing is asked for: write a text, or connect keypoints or a picture.")
-        condition = combined([(one, 1.0) for one in given])
-        return io.NodeOutput(*personalised(hypernetwork, model, condition, strength, cls.hidden.unique_id))
+        condition, node_id = combined([(one, 1.0) for one in given]), cls.hidden.unique_id
+        return io.NodeOutput(*personalised(hypernetwork, model, condition, strength, seed, node_id))

@@ -1,9 +1,12 @@
 """Prediction: hypernetwork + base weights + condition -> response maps and LoRA."""
 
+from functools import partial
+
 from comfy_api.latest import io
 
+from ..lofa_core.generators import predict, predict_response
 from ..lofa_core.lora_files import to_state_dict
-from ..lofa_core.prediction import check_conditions, predict, predict_response
+from ..lofa_core.prediction import check_conditions
 from . import host
 from .sockets import (
     CATEGORY,
@@ -47,9 +50,11 @@ def _predict(run, hypernetwork, model, condition):
     )
 
 
-def personalised(hypernetwork, model, condition: Condition, strength: float, node_id: str) -> tuple:
+def personalised(
+    hypernetwork, model, condition: Condition, strength: float, seed: int, node_id: str
+) -> tuple:
     """(LORA_MODEL, MODEL with it applied, LOFA_RESPONSE); says below the node what came out."""
-    prediction = _predict(predict, hypernetwork, model, condition)
+    prediction = _predict(partial(predict, seed=seed), hypernetwork, model, condition)
     metadata = dict(prediction.lora.metadata)
     for kind, words in condition.words.items():
         if words:
@@ -85,6 +90,20 @@ def strength_input() -> io.Input:
         step=0.05,
         tooltip="How strongly the LoRA is applied to the model output here. The LoRA output itself is not "
         "scaled. 1.0 is what was trained; 0 leaves the model as it is.",
+    )
+
+
+def seed_input() -> io.Input:
+    """What LoRA Diffusion starts from. Optional: workflows from before it was there go on working."""
+    return io.Int.Input(
+        "seed",
+        default=0,
+        min=0,
+        max=2**64 - 1,
+        control_after_generate=io.ControlAfterGenerate.fixed,
+        optional=True,
+        tooltip="Only LoRA Diffusion draws: another seed, another LoRA for the same condition. A "
+        "hypernetwork gives one LoRA whatever the seed.",
     )
 
 
@@ -128,11 +147,13 @@ class PredictLoRA(io.ComfyNode):
             inputs=[
                 *_inputs(),
                 strength_input(),
+                seed_input(),
             ],
             outputs=lora_outputs(),
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, hypernetwork, model, condition, strength) -> io.NodeOutput:
-        return io.NodeOutput(*personalised(hypernetwork, model, condition, strength, cls.hidden.unique_id))
+    def execute(cls, hypernetwork, model, condition, strength, seed=0) -> io.NodeOutput:
+        node_id = cls.hidden.unique_id
+        return io.NodeOutput(*personalised(hypernetwork, model, condition, strength, seed, node_id))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from lofa_core.descriptions import KINDS, Modulation, Readout, WeightInput
+from lofa_core.descriptions import KINDS, Form, Modulation, Readout, Target, WeightInput
 
 # Names of the reconstruction losses, in training/losses.py.
 RECONSTRUCTIONS = ("factors", "delta", "delta_cosine", "spectral", "canonical")
@@ -194,6 +194,37 @@ class EndToEndConfig(DiffusionConfig):
 
 
 @dataclass(frozen=True)
+class LoRAVAEConfig(StageConfig):
+    """The VAE of LoRA Diffusion, between LoRAs and a short vector."""
+
+    optimiser: Literal["muon", "adamw"] = "adamw"
+    learning_rate: float = 1e-3
+    form: Form = "canonical"  # of the LoRAs; "trained": A and B as they are, where all started from one A
+    latent: int = 512
+    layer_width: int = 32  # numbers that a layer comes to before all layers meet
+    width: int = 512
+    blocks: int = 1
+    noise: float = 0.1  # added to the LoRAs' numbers, which have unit variance
+    kl_weight: float = 1e-4
+
+
+@dataclass(frozen=True)
+class LoRADiffusionConfig(StageConfig):
+    """The diffusion model over the VAE's latents."""
+
+    optimiser: Literal["muon", "adamw"] = "adamw"
+    learning_rate: float = 1e-3
+    width: int = 512
+    blocks: int = 4
+    pooling_queries: int = 8
+    target: Target = "v"  # what the network puts out: "v" or "x0"
+    untold: float = 0.1  # share of tasks that nothing is told of, for guidance
+    sampling_steps: int = 50
+    guidance: float = 1.0  # of the condition over none; 1: the condition alone
+    ema_decay: float = 0.999
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """Held-out measures."""
 
@@ -216,6 +247,8 @@ class TrainingConfig:
     stage1: Stage1Config = field(default_factory=Stage1Config)
     stage2: Stage2Config = field(default_factory=Stage2Config)
     end_to_end: EndToEndConfig = field(default_factory=EndToEndConfig)
+    lora_vae: LoRAVAEConfig = field(default_factory=LoRAVAEConfig)
+    lora_diffusion: LoRADiffusionConfig = field(default_factory=LoRADiffusionConfig)
     text_to_lora: TextToLoRAConfig = field(default_factory=TextToLoRAConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 

@@ -12,6 +12,7 @@ from accelerate.utils import gather_object
 from rich.table import Table
 
 from lofa_core.hypernetwork import Hypernetwork
+from lofa_core.lora_diffusion import LoRADiffusion
 
 from .baselines.simple import mean_lora, nearest_lora, ridge_lora
 from .config import EvaluationConfig
@@ -19,6 +20,7 @@ from .factors import Factors
 from .judge import Judge, Method, predicted_factors, response_figures
 from .looks import Predictor
 from .lora_dataset import LoRADataset
+from .lora_diffusion import drawn_factors, spread
 from .miniature import evaluator as evaluator_module
 from .miniature.tasks import MiniatureTasks
 from .miniature.world_tasks import WorldTask
@@ -47,9 +49,11 @@ def evaluate(
     sharing: Sharing = Sharing(),
     more: bool = False,
     others: Mapping[str, Predictor] | None = None,
+    diffusion: LoRADiffusion | None = None,
 ) -> dict:
     """All tables with their summaries; `known` are the training LoRAs, `wanted` those of the held-out tasks.
-    `more` adds what a known wording, guidance and strength would do, `others` rows of other predictors.
+    `more` adds what a known wording, guidance and strength would do, `others` rows of other predictors,
+    `diffusion` a row and how far its LoRAs of several seeds are apart.
 
     Actions: "rows" and their summary. Looks, and both at once, likewise under "looks" and "both".
     """
@@ -65,7 +69,17 @@ def evaluate(
             continue
         of_sort = _of_sort(known, place == "looks"), _of_sort(wanted, place == "looks")
         table = _one_sort(
-            hypernetwork, data, settings, *of_sort, asked, evaluator, report, sharing, more, others or {}
+            hypernetwork,
+            data,
+            settings,
+            *of_sort,
+            asked,
+            evaluator,
+            report,
+            sharing,
+            more,
+            others or {},
+            diffusion,
         )
         found |= table if place is None else {place: table}
     if {"text", "style"} <= set(data.kinds):
@@ -80,7 +94,7 @@ def _of_sort(loras: LoRADataset, looks: bool) -> LoRADataset:
 
 
 def _one_sort(
-    hypernetwork, data, settings, known, wanted, kinds, evaluator, report, sharing, more, others
+    hypernetwork, data, settings, known, wanted, kinds, evaluator, report, sharing, more, others, diffusion
 ) -> dict:
     """The table of actions, or of looks, under each of `kinds`."""
     judge = Judge(data, wanted.tasks, settings, evaluator)
@@ -102,6 +116,10 @@ def _one_sort(
     for name, predictor in others.items():
         if kinds[0] in predictor.conditions:
             methods.append(Method(name, predicted_factors(predictor, data, told[kinds[0]])))
+    if diffusion is not None:
+        for kind in (kind for kind in kinds if kind in diffusion.conditions):
+            name = "LoRA Diffusion" if kind == kinds[0] else f"LoRA Diffusion, {kind}"
+            methods.append(Method(name, drawn_factors(diffusion, data, told[kind])))
     methods += [
         Method("per-task LoRA", wanted.loras),
         Method("per-task LoRA, fine prompt", wanted.loras, "fine"),
@@ -115,7 +133,10 @@ def _one_sort(
         ]
     rows = _measured(judge, methods, report, sharing)
     maps = response_figures(hypernetwork, data, told[kinds[0]], known, wanted)
-    return {"rows": rows, "condition": kinds[0], **summarise(rows), **maps}
+    found = {"rows": rows, "condition": kinds[0], **summarise(rows), **maps}
+    if diffusion is not None and kinds[0] in diffusion.conditions:
+        found["lora_diffusion"] = spread(diffusion, data, told[kinds[0]], wanted.loras)
+    return found
 
 
 def _both(hypernetwork, data, settings, evaluator, report, sharing) -> dict:

@@ -16,12 +16,12 @@ from rich.console import Console
 from torch import Tensor
 
 from lofa_core import miniature
-from lofa_core.checkpoint import load_hypernetwork, save_hypernetwork
+from lofa_core.checkpoint import load_generator, load_hypernetwork, save_hypernetwork, save_lora_diffusion
 from lofa_core.descriptions import HypernetworkConfig
 from lofa_core.hypernetwork import Hypernetwork
 from lofa_core.lora_files import read_safetensors, write_safetensors
 
-from . import cluster
+from . import cluster, lora_diffusion
 from .baselines.text_to_lora import TextToLoRA, TextToLoRAStage
 from .config import DiffusionConfig, TrainingConfig
 from .data import published
@@ -39,7 +39,7 @@ from .readme import write_figures
 from .samples import write_samples
 from .stage1 import Stage1
 from .stages import Diffusion, Stage2
-from .trainer import train
+from .trainer import Stage, train
 
 TEXT_TO_LORA = "text_to_lora.safetensors"
 SHIPPED = Path(__file__).parent / "miniature"  # the LoRAs that the README's figures rest on
@@ -156,6 +156,17 @@ class Run:
         torch.manual_seed(settings.seed)
         return TextToLoRA(*self.data.descriptions(), self.config.lora.rank, settings.width, settings.blocks)
 
+    def lora_diffusion(self) -> None:
+        """LoRA Diffusion, the VAE first; writes lora_diffusion.safetensors."""
+        known, path = self._dataset("training"), self.folder / lora_diffusion.FILE
+        network = lora_diffusion.learned(
+            self.config, self.data, known, self._held_out(), self.device, self._train
+        )
+        if self.process == 0:
+            save_lora_diffusion(network.eval(), path, dtype=getattr(torch, self.config.stored_as))
+            self.console.print(f"wrote {path}", soft_wrap=True)
+        self.accelerator.wait_for_everyone()
+
     def _finish(self, stage: Diffusion, network: Hypernetwork) -> None:
         """Keep the averaged weights, and show what they do: samples/."""
         stage.finish()
@@ -181,7 +192,7 @@ class Run:
                 "distillation_weight = 0."
             )
 
-    def _train(self, stage: Stage1 | Diffusion) -> None:
+    def _train(self, stage: Stage) -> None:
         # A step's tasks need not show every kind of condition to every process, nor its layers every shape.
         many = len(self.data.kinds) > 1 or len(self.data.base_description().by_shape()) > 1
         several = DistributedDataParallelKwargs(find_unused_parameters=many)
@@ -211,10 +222,11 @@ class Run:
         torch.set_num_threads(max(1, cores() // self.processes))
         own = self.folder / "hypernetwork.safetensors"
         network = load_hypernetwork(hypernetwork or (own if own.exists() else miniature.HYPERNETWORK))
+        second = self.folder / lora_diffusion.FILE
         found = evaluate(
             network, self.data, self.config.evaluation, self.packed("training"), self.packed("held_out"),
             evaluator_module.load(), self._say_row, Sharing(self.process, self.processes), more,
-            self.baselines(),
+            self.baselines(), load_generator(second) if second.exists() else None,
         )  # fmt: skip
         found = rounded(found | {"seconds": time.time() - started})
         if self.process == 0:

@@ -12,6 +12,8 @@
         both stages at once from clips alone, without LoRAs to learn from
     python training/train.py text-to-lora --config ...
         a baseline: an MLP from the condition alone, on the same LoRAs and clips
+    python training/train.py lora-diffusion --config ...
+        LoRA Diffusion, from the same LoRAs: a second generator, which draws another LoRA for every seed
     python training/train.py all --config ...
         cache (where there is a folder), lora-dataset, stage1 and stage2 in their order
     python training/train.py evaluate --config ...
@@ -53,6 +55,7 @@ COMMANDS = (
     "all",
     "evaluate",
     "ship",
+    "lora-diffusion",
 )
 
 

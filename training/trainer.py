@@ -40,6 +40,7 @@ class Stage(Protocol):
     """What is trained."""
 
     name: str
+    settings: StageConfig
     module: nn.Module  # what is trained, and what a forward pass of `losses` calls (wrapped, under DDP)
     weights: dict[str, float]  # of the losses in their sum
 

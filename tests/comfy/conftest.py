@@ -16,14 +16,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import torch
 from test_released import SMALL, published_files, released
 from tiny import CONFIG, network
 
 from lofa_core import miniature
 from lofa_core.base_models import BaseWeights
-from lofa_core.checkpoint import save_hypernetwork
+from lofa_core.checkpoint import save_hypernetwork, save_lora_diffusion
 from lofa_core.descriptions import BaseDescription, ConditionDescription, LayerDescription
 from lofa_core.hypernetwork import Hypernetwork
+from lofa_core.lora_diffusion import LoRADiffusion, LoRADiffusionConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS, RUN_SECONDS = 300, 300
@@ -177,6 +179,7 @@ def server(installation, tmp_path_factory):
     _link(miniature.VAE, data / "models/vae/wan_2.1_vae.safetensors")
     (data / "models/lofa").mkdir()
     save_hypernetwork(network_of_all_kinds(), data / "models/lofa/all_kinds.safetensors")
+    save_lora_diffusion(lora_diffusion(), data / "models/lofa/lora_diffusion.safetensors")
     published_files(data / "models/lofa", released(MINIATURE_V0, depths=4, shape=(96, 96), words=64))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -208,15 +211,33 @@ def server(installation, tmp_path_factory):
 
 def network_of_all_kinds() -> Hypernetwork:
     """For the miniature: text, pose and style, its weights random."""
-    base = BaseWeights.open(miniature.FOLDER)
-    layers = tuple(LayerDescription(x.name, x.depth, x.kind, x.shape) for x in base.model.layers)
     conditions = (
         ConditionDescription("text", 64),
         ConditionDescription("pose", 3, size=(miniature.FRAMES, miniature.SIZE, miniature.SIZE)),
         ConditionDescription("style", 64),
     )
-    described = BaseDescription(base.model.name, layers, base.fingerprint())
-    return network(1, replace(CONFIG, rank=4), described, conditions=conditions)
+    return network(1, replace(CONFIG, rank=4), described(), conditions=conditions)
+
+
+def lora_diffusion() -> LoRADiffusion:
+    """For the miniature: text alone, its weights random, a decoder that hears the latent."""
+    torch.manual_seed(2)
+    config = LoRADiffusionConfig(
+        rank=4, latent=8, layer_width=4, vae_width=16, width=16, blocks=1, pooling_queries=2, steps=4
+    )
+    found = LoRADiffusion(config, described(), (ConditionDescription("text", 64),))
+    found.requires_grad_(False).denoiser.out.weight.normal_()
+    for statistics in found.codec.statistics.values():
+        statistics.A_scale.fill_(0.05)
+        statistics.B_scale.fill_(0.05)
+    return found
+
+
+def described() -> BaseDescription:
+    """The miniature, as what is trained for it describes it."""
+    base = BaseWeights.open(miniature.FOLDER)
+    layers = tuple(LayerDescription(x.name, x.depth, x.kind, x.shape) for x in base.model.layers)
+    return BaseDescription(base.model.name, layers, base.fingerprint())
 
 
 def _link(target: Path, place: Path) -> None:
