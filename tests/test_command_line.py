@@ -70,9 +70,7 @@ def calls(monkeypatch):
         responses = {layer.name: torch.full(layer.shape, 0.25) for layer in base.model.layers}
         return SimpleNamespace(lora=tiny_lora(), responses=responses, seconds=0.5)
 
-    monkeypatch.setattr(
-        command_line, "load_hypernetwork", lambda path, dtype: SimpleNamespace(conditions=known)
-    )
+    monkeypatch.setattr(command_line, "load_generator", lambda path, dtype: SimpleNamespace(conditions=known))
     monkeypatch.setattr(command_line, "predict", predict)
     return seen
 

@@ -160,8 +160,8 @@ def test_evaluation_says_its_table_and_keeps_its_figures(finished, monkeypatch):
         "beaten": ["base"],
     }
 
-    def measured(network, data, settings, known, wanted, evaluator, report, sharing, more, others):
-        assert (sharing, more, others) == (Sharing(0, 1), False, {})
+    def measured(network, data, settings, known, wanted, evaluator, report, sharing, more, others, diffusion):
+        assert (sharing, more, others, diffusion) == (Sharing(0, 1), False, {}, None)
         given.update(network=network, known=known, wanted=wanted, evaluator=evaluator)
         return figures
 
