@@ -37,6 +37,18 @@ tasks = 2
 clips = 1
 warm_up = 1
 learning_rate = 0.02
+[lora_vae]
+steps = 2
+tasks = 2
+latent = 8
+layer_width = 4
+width = 8
+[lora_diffusion]
+steps = 2
+tasks = 2
+width = 8
+blocks = 1
+sampling_steps = 2
 [text_to_lora]
 steps = 2
 tasks = 2
@@ -49,7 +61,7 @@ PLAN = """
 config = "small.toml"
 out = "{folder}/runs"
 results = "{folder}/results"
-set = ['data.cache="{folder}/cache"', "stage1.validate_every=0", "stage2.validate_every=0"]
+set = ['data.cache="{folder}/cache"', "stage1.validate_every=0", "lora_vae.validate_every=0"]
 [experiment."base"]
 prompts = ["coarse", "fine"]
 [experiment."mean LoRA"]
@@ -61,6 +73,8 @@ stage1_of = "LoFA"
 set = ["network.feature_blocks=[]"]
 [experiment."MLP"]
 parts = ["text-to-lora"]
+[experiment."drawn"]
+parts = ["lora-diffusion"]
 """
 
 
@@ -113,14 +127,14 @@ def finished(folder):
 
 def test_every_experiment_has_the_figures_of_its_seeds(finished):
     files, _ = finished
-    assert set(files) == {"base", "mean_lora", "lofa", "no_features", "mlp"}
+    assert set(files) == {"base", "mean_lora", "lofa", "no_features", "mlp", "drawn"}
     seeds = {name: list(found["seeds"]) for name, found in files.items()}
     assert seeds == {name: ["0", "1"] if name in ("base", "mlp") else ["0"] for name in files}
     assert files["base"]["seeds"]["1"]["rows"]["coarse"] == {"joint": 0.0, "prompt": 0.0, "seed": 1235}
     rows = {name: found["seeds"]["0"]["rows"] for name, found in files.items()}
     assert rows["base"]["fine"]["prompt"] == 1.0 and set(rows["mean_lora"]) == {"coarse"}
     sizes = {name: row["coarse"]["joint"] for name, row in rows.items()}
-    assert sizes["mean_lora"] > 0 and len(set(sizes.values())) == 5  # each has LoRAs of its own
+    assert sizes["mean_lora"] > 0 and len(set(sizes.values())) == 6  # each has LoRAs of its own
 
 
 def test_what_only_a_trained_network_has_is_there(finished):
@@ -129,6 +143,8 @@ def test_what_only_a_trained_network_has_is_there(finished):
     assert lofa["training_seconds"] > 0 and lofa["seconds"] > 0 and lofa["parameters"] > mlp["parameters"] > 0
     assert 0 < lofa["response"]["stage1_cosine"] < 1 and "response" not in mlp
     assert set(base) == {"rows", "machine"}
+    spread = files["drawn"]["seeds"]["0"]["spread"]
+    assert spread["between_seeds"] > 0 and spread["between_tasks"] > 0
 
 
 def test_an_experiment_takes_anothers_stage_one_under_its_own_design(folder, finished):

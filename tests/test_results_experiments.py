@@ -108,6 +108,14 @@ def test_bases_that_were_never_seen_stand_beside_the_first(folder):
     assert lines[-1] == "| styles | true W | 1 | 0.500 | 0.500 | 5.00 | 9.00 |" and len(lines) == 4
 
 
+def test_the_spread_of_draws_stands_beside_that_of_tasks(folder):
+    spread = {"between_seeds": 0.5, "between_conditions": 0.75, "between_tasks": 1.25}
+    seeds = {"0": {"machine": "cpu", "rows": {"coarse": row(0.1, 8.0)}, "spread": spread}}
+    (folder / "drawn.json").write_text(json.dumps({"name": "LoRA Diffusion", "seeds": seeds}))
+    lines = results_experiments.spread_table(Experiments(folder))
+    assert [line.split("|")[2].strip() for line in lines[2:]] == ["0.50", "0.75", "1.25"]
+
+
 def test_the_plots_are_drawn_where_there_are_two_points(folder, tmp_path):
     lines = section(folder, tmp_path)
     assert "![experiments_tasks](experiments_tasks.png)" in lines

@@ -24,9 +24,10 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from lofa_core.checkpoint import load_hypernetwork, save_hypernetwork
+from lofa_core.checkpoint import load_generator, load_hypernetwork, save_hypernetwork
 from lofa_core.hypernetwork import Hypernetwork
 
+from . import lora_diffusion
 from .baselines.simple import mean_lora, nearest_lora, ridge_lora
 from .config import EvaluationConfig, fill, load_config
 from .evaluate import held_out_conditions, rounded
@@ -39,7 +40,7 @@ from .machine import device_name
 from .miniature import evaluator
 from .miniature.tasks import MiniatureTasks
 
-PARTS = ("lora-dataset", "stage1", "stage2", "end-to-end", "text-to-lora")
+PARTS = ("lora-dataset", "stage1", "stage2", "end-to-end", "text-to-lora", "lora-diffusion")
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,8 @@ class Seed:
         save_hypernetwork(network, run.folder / "stage1.safetensors", dtype=torch.float32)
 
     def _config(self, name: str, experiment: Experiment):
-        seeds = [f"{part}.seed={self.seed}" for part in ("stage1", "stage2", "end_to_end", "text_to_lora")]
+        sections = ("stage1", "stage2", "end_to_end", "text_to_lora", "lora_vae", "lora_diffusion")
+        seeds = [f"{section}.seed={self.seed}" for section in sections]
         seeds.append(f"evaluation.seed={1234 + self.seed}")
         changes = [*self.plan.set, *seeds, f'out="{self.folder(name)}"', *experiment.set]
         return load_config(Path(self.plan.config), changes)
@@ -168,6 +170,12 @@ class Seed:
             factors = predicted_factors(network, run.data, told)
             found["seconds"] = (time.perf_counter() - started) / len(told)
             found["parameters"] = sum(p.numel() for p in network.parameters())
+        elif last == "lora-diffusion":
+            generator = load_generator(run.folder / lora_diffusion.FILE)
+            factors = lora_diffusion.drawn_factors(generator, run.data, told, self.seed)
+            found["seconds"] = (time.perf_counter() - started) / len(told)
+            found["parameters"] = sum(p.numel() for p in generator.parameters())
+            found["spread"] = lora_diffusion.spread(generator, run.data, told, wanted.loras)
         elif last == "lora-dataset":
             factors = wanted.loras
             if run.config.lora.repeat:

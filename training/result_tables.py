@@ -57,6 +57,7 @@ TABLES = (
             Line("Text-to-LoRA MLP, our losses", "Text-to-LoRA MLP, our losses"),
             Line("end to end, diffusion (HM-CFG)", "end to end, diffusion alone"),
             Line("end to end, distillation", "end to end, distillation"),
+            Line("LoRA Diffusion, one draw", "LoRA Diffusion"),
             Line("without response", "without response", paper=("665.4", "0.2117")),
             Line("lightweight Stage I", "lightweight Stage I", paper=("655.1", "0.2090")),
             Line("Stage I predicts the LoRA", "Stage I predicts the LoRA"),

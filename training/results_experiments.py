@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from .result_tables import AGAIN, BASE, BUDGETS, LOFA, MEASURES, TABLES, YARDSTICK, Line, Table
 
@@ -27,7 +28,7 @@ class Experiments:
             int(seed): one["rows"][line.prompt] for seed, one in found.items() if line.prompt in one["rows"]
         }
 
-    def of(self, experiment: str, name: str) -> list[float]:
+    def of(self, experiment: str, name: str) -> list[Any]:
         """One figure beside the rows, such as "seconds", of each seed that has it."""
         return [one[name] for one in self.seeds.get(experiment, {}).values() if name in one]
 
@@ -150,10 +151,25 @@ def bases_table(found: Experiments) -> list[str]:
     return lines if len(lines) > 2 else []
 
 
+def spread_table(found: Experiments) -> list[str]:
+    """Markdown: how far LoRA Diffusion's draws are apart."""
+    spreads = found.of("LoRA Diffusion", "spread")
+    if not spreads:
+        return []
+    lines = ["| relative distance of dW | |", "|---|---|"]
+    for label, name in (
+        ("draws of LoRA Diffusion for one condition", "between_seeds"),
+        ("draws of one seed for different conditions", "between_conditions"),
+        ("per-task LoRAs of different tasks", "between_tasks"),
+    ):
+        lines.append(f"| {label} | {mean_and_spread([one[name] for one in spreads], 2)} |")
+    return lines
+
+
 def seconds_table(found: Experiments) -> list[str]:
     """Markdown: what a personalisation costs."""
     lines = ["| | seconds | parameters |", "|---|---|---|"]
-    for name in (LOFA, "Text-to-LoRA MLP, our losses"):
+    for name in (LOFA, "Text-to-LoRA MLP, our losses", "LoRA Diffusion"):
         seconds, parameters = found.of(name, "seconds"), found.of(name, "parameters")
         if seconds:
             lines.append(f"| {name} | {mean_and_spread(seconds, 3)} | {parameters[0]:,.0f} |")
@@ -237,6 +253,7 @@ def section(folder: Path, pictures: Path) -> list[str]:
     for title, rows in (
         ("Response maps (section 4.4)", response_table(found)),
         ("Bases it never saw: true W and random constants", bases_table(found)),
+        ("How far draws are apart", spread_table(found)),
         ("Seconds for one personalisation", seconds_table(found)),
     ):
         if rows:
