@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from test_nodes import FINE
@@ -65,6 +66,11 @@ def seen(condition: str, number: int) -> dict:
     }
 
 
+def levels(shown):
+    """A picture's bytes as numbers that may be subtracted."""
+    return np.frombuffer(shown, np.uint8).astype(int)
+
+
 def picture(server, outputs: dict, node: int) -> bytes:
     return Image.open(server.file(outputs[str(node)]["images"][0])).convert("RGB").tobytes()
 
@@ -115,8 +121,11 @@ def test_conditions_combine_and_a_strength_of_zero_is_as_if_left_out(server):
         prompt |= seen(condition, number)
     outputs = server.succeed(prompt)
     text, both, silenced, halved = (picture(server, outputs, number) for number in (21, 31, 41, 51))
-    assert text == silenced
-    assert len({text, both, halved}) == 3
+    # The same sums over another number of tokens: a few entries round to the neighbouring colour.
+    apart = np.abs(levels(text) - levels(silenced))
+    assert apart.max() <= 1 and (apart > 0).mean() < 1e-3
+    for one, other in ((text, both), (text, halved), (both, halved)):
+        assert (np.abs(levels(one) - levels(other)) > 1).mean() > 0.02
 
 
 @pytest.mark.parametrize(

@@ -269,7 +269,7 @@ def test_hypernetwork_file_in_models_lofa_is_offered(server):
     ]
     pair = ["stage1_preview.pth", "stage2_preview.pth"]
     assert offered == [
-        ["miniature", "all_kinds.safetensors", "mine.safetensors", *pair],
+        ["miniature", "all_kinds.safetensors", "lora_diffusion.safetensors", "mine.safetensors", *pair],
         ["none", *pair],
     ]
     prompt = predict_lora()
