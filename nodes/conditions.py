@@ -13,10 +13,7 @@ from . import host
 from .sockets import CATEGORY, Condition, ConditionSocket, HypernetworkSocket, PoseSocket
 
 # One sentence that the miniature's hypernetwork understands, so that a fresh node works as it is.
-EXAMPLE = (
-    "a person in a red shirt and blue trousers on a beach swings the left arm widely and quickly, "
-    "moves to the right, leaning left, feet together"
-)
+EXAMPLE = "a person swings the left arm widely and quickly, moves to the right, leaning left, feet together"
 
 
 class EncodeText(io.ComfyNode):
