@@ -11,6 +11,7 @@ from tiny_tasks import ACTIONS, HELD_OUT, Tasks, loras, sized_network
 from lofa_core.metrics.distances import frechet_distance
 from training import flow
 from training import judge as module
+from training.baselines.simple import ridge
 from training.config import EvaluationConfig
 from training.denoisers import WanDenoiser
 from training.evaluate import BASELINES, Sharing, added, evaluate, summarise
@@ -190,6 +191,8 @@ def test_response_figures_by_hand(data):
             predicted.append(np.einsum("lor,lri->loi", B[0].double().numpy(), A[0].double().numpy()))
         guesses.append(response.probability(weights)[0].double().numpy().reshape(-1))
     own = [(np.abs(delta / W) > 0.02).astype(float).reshape(-1) for delta in predicted]
+    factors = [torch.tensor([task.indices() for task in tasks]) for tasks in (ACTIONS, HELD_OUT)]
+    fitted = ridge(torch.from_numpy(maps(known)).float(), *factors).double().numpy()
     pairs = list(zip(guesses, real, strict=True))
     assert found == pytest.approx(
         {
@@ -206,6 +209,9 @@ def test_response_figures_by_hand(data):
                 [cosine(s - mean, g - mean) for s, g in zip(own, guesses, strict=True)]
             ),
             "responding_share": real.mean(),
+            "ridge_map_centred_cosine": np.mean(
+                [cosine(f - mean, r - mean) for f, r in zip(fitted, real, strict=True)]
+            ),
         },
         abs=1e-3,
     )

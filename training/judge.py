@@ -16,6 +16,7 @@ from lofa_core.response_map import THRESHOLD, centred_cosine, cosine
 
 from . import flow
 from .backbones import load_vae
+from .baselines.simple import ridge
 from .config import EvaluationConfig
 from .denoisers import Prompts
 from .factors import Factors, by_name
@@ -212,16 +213,21 @@ def response_figures(
     threshold: float = THRESHOLD,
 ) -> dict[str, float]:
     """Stage I's maps and those of Stage II's LoRAs against the held-out LoRAs' own and each other (section
-    4.4), beside the mean training map and |W| alone.
+    4.4), beside the mean training map, ridge regression of maps on true factors, and |W| alone.
 
     Stage I's maps are compared as probabilities, over all layers of a task at once; centred means minus the
     mean training map.
     """
     weights = data.weights_by_shape()
-    looks, mean = looks_at(hypernetwork, weights), mean_map(weights, known, threshold)
+    looks = looks_at(hypernetwork, weights)
     magnitudes = flat(W.abs() for W in weights)
     small_weights = (magnitudes < magnitudes.median()).float()
     predicted = predicted_factors(hypernetwork, data, told)
+    known_maps = [
+        response_maps(weights, known.loras[row : row + 1], threshold) for row in range(len(known.tasks))
+    ]
+    mean = sum(known_maps) / len(known_maps)
+    fitted = ridge(torch.stack(known_maps), known.indices(), wanted.indices())
     sums: Counter[str] = Counter()
     stage1 = hypernetwork.stage1
     for row, one in enumerate(told):
@@ -237,6 +243,7 @@ def response_figures(
         sums["stage2_to_stage1_cosine"] += cosine(stage2, guess)
         sums["mean_map_cosine"] += cosine(mean, real)
         sums["small_weight_cosine"] += cosine(small_weights, real)
+        sums["ridge_map_centred_cosine"] += centred_cosine(fitted[row], real, mean)
         sums["stage1_centred_cosine"] += centred_cosine(guess, real, mean)
         sums["stage2_centred_cosine"] += centred_cosine(stage2, real, mean)
         sums["stage2_to_stage1_centred_cosine"] += centred_cosine(stage2, guess, mean)

@@ -118,6 +118,7 @@ def response_table(found: Experiments) -> list[str]:
         ("Stage II to Stage I", "stage2_to_stage1_cosine", "stage2_to_stage1_centred_cosine", "0.91"),
         ("Stage II to the per-task LoRA's", "stage2_cosine", "stage2_centred_cosine", "0.83"),
         ("a per-task LoRA's to those of another training", "repeat_cosine", "repeat_centred_cosine", ""),
+        ("ridge regression of maps on true factors", "", "ridge_map_centred_cosine", ""),
         ("the mean training map to the per-task LoRA's", "mean_map_cosine", "", ""),
         ("small weights to the per-task LoRA's", "small_weight_cosine", "", ""),
     ):

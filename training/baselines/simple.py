@@ -23,7 +23,14 @@ def nearest_lora(loras: Factors, known: Tensor, wanted: Tensor) -> Factors:
 
 
 def ridge_lora(loras: Factors, known: Tensor, wanted: Tensor, strengths=(0.1, 1.0, 10.0, 100.0)) -> Factors:
-    """Ridge regression from one-hot factors to entries of A and B; the strength by leave-one-out error."""
+    """Ridge regression from one-hot factors to entries of A and B."""
+    return loras.unflat(ridge(loras.flat(), known, wanted, strengths))
+
+
+def ridge(Y: Tensor, known: Tensor, wanted: Tensor, strengths=(0.1, 1.0, 10.0, 100.0)) -> Tensor:
+    """Rows [M, n] for wanted tasks from those of known ones Y [K, n], by ridge regression on one-hot factors;
+    the strength by leave-one-out error.
+    """
     sizes = [int(max(known[:, i].max(), wanted[:, i].max())) + 1 for i in range(known.shape[1])]
 
     def one_hot(indices: Tensor) -> Tensor:
@@ -32,7 +39,6 @@ def ridge_lora(loras: Factors, known: Tensor, wanted: Tensor, strengths=(0.1, 1.
     X, X_wanted = one_hot(known), one_hot(wanted)
     centre = X.mean(0)
     X, X_wanted = X - centre, X_wanted - centre
-    Y = loras.flat()
     mean = Y.mean(0)
     best = None
     for strength in strengths:
@@ -43,4 +49,4 @@ def ridge_lora(loras: Factors, known: Tensor, wanted: Tensor, strengths=(0.1, 1.
         error = (((Y - mean) - X @ weights) / (1.0 - leverage)).pow(2).mean()
         if best is None or error < best[0]:
             best = (error, weights)
-    return loras.unflat(X_wanted @ best[1] + mean)
+    return X_wanted @ best[1] + mean
