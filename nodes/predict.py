@@ -1,12 +1,13 @@
 """Prediction: hypernetwork + base weights + condition -> response maps and LoRA."""
 
+import weakref
 from functools import partial
 
 from comfy_api.latest import io
 
 from ..lofa_core.generators import predict, predict_response
 from ..lofa_core.lora_files import to_state_dict
-from ..lofa_core.prediction import check_conditions
+from ..lofa_core.prediction import Prediction, check_conditions
 from . import host
 from .sockets import (
     CATEGORY,
@@ -50,11 +51,23 @@ def _predict(run, hypernetwork, model, condition):
     )
 
 
+def _prediction(hypernetwork, model, condition: Condition, seed: int) -> tuple[Prediction, bool]:
+    """The prediction, and whether it is the last one again: another strength needs no other LoRA."""
+    parts, kept = (hypernetwork, model.model), condition.memory.get("last")
+    if kept is not None:
+        made_from, of_seed, prediction = kept
+        if of_seed == seed and all(ref() is part for ref, part in zip(made_from, parts, strict=True)):
+            return prediction, True
+    prediction = _predict(partial(predict, seed=seed), hypernetwork, model, condition)
+    condition.memory["last"] = tuple(map(weakref.ref, parts)), seed, prediction
+    return prediction, False
+
+
 def personalised(
     hypernetwork, model, condition: Condition, strength: float, seed: int, node_id: str
 ) -> tuple:
     """(LORA_MODEL, MODEL with it applied, LOFA_RESPONSE); says below the node what came out."""
-    prediction = _predict(partial(predict, seed=seed), hypernetwork, model, condition)
+    prediction, again = _prediction(hypernetwork, model, condition, seed)
     metadata = dict(prediction.lora.metadata)
     for kind, words in condition.words.items():
         if words:
@@ -62,7 +75,8 @@ def personalised(
     lora = LoRAState(to_state_dict(prediction.lora), metadata)
     layers = len(prediction.lora)
     applied = host.apply_lora(model, lora, layers, strength)
-    report = f"{layers} of {layers} layers matched, predicted in {prediction.seconds:.2f} s"
+    report = f"{layers} of {layers} layers matched, "
+    report += "as predicted before" if again else f"predicted in {prediction.seconds:.2f} s"
     if quantisation := host.quantisation(model, f"diffusion_model.{next(iter(prediction.lora))}.weight"):
         report += f"; the model's weights are {quantisation} and were dequantised for it"
     host.show_text(node_id, report)

@@ -1,7 +1,8 @@
 """The sockets that ComfyUI's core has no type for, and what travels through them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from comfy_api.latest import io
 from torch import Tensor
@@ -24,6 +25,8 @@ class Condition:
 
     given: Conditions
     words: Mapping[str, str]
+    # The last LoRA predicted of it and what from, kept as long as ComfyUI keeps the condition (predict.py).
+    memory: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 class LoRAState(dict[str, Tensor]):

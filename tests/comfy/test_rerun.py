@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 from listening import listening
-from test_nodes import predict_lora, sample
+from PIL import Image
+from test_nodes import FINE, predict_lora, sample
 from tiny import CONFIG, network
 
 from lofa_core import miniature
@@ -47,6 +48,25 @@ def test_nothing_runs_again_where_nothing_changed(listener):
     assert listener.run(prompt).ended == "success"
     again = listener.run(prompt)
     assert (again.ran, again.cached, again.ended) == ([], set(prompt), "success")
+
+
+def test_another_strength_applies_the_lora_that_was_predicted_and_another_seed_does_not(server):
+    def said(strength, seed=0, text=FINE):
+        prompt = heatmap(predict_lora(text=text)) | sample(["4", 1], "strength", 10)
+        prompt["4"]["inputs"] |= {"strength": strength, "seed": seed}
+        log = server.data / "server.log"
+        before = len(log.read_text())
+        outputs = server.succeed(prompt)
+        shown = Image.open(server.file(outputs["15"]["images"][0])).convert("RGB").tobytes()
+        return log.read_text()[before:], shown
+
+    whole, half, none = said(1.0), said(0.5), said(0.0)
+    assert "32 of 32 layers matched, predicted in" in whole[0]
+    for log, _ in (half, none):
+        assert "32 of 32 layers matched, as predicted before" in log and "predicted in" not in log
+    assert len({shown for _, shown in (whole, half, none)}) == 3
+    assert "predicted in" in said(0.5, seed=1)[0] and "as predicted before" in said(0.25, seed=1)[0]
+    assert "predicted in" in said(0.25, seed=1, text=OTHER)[0]
 
 
 def test_a_changed_sentence_runs_what_depends_on_it(listener):
