@@ -82,7 +82,8 @@ def test_the_gap_is_that_of_the_same_seed(folder):
 def test_the_page_has_every_table_that_has_runs_and_the_papers_figures_beside_them(folder, tmp_path):
     lines = section(folder, tmp_path)
     text = "\n".join(lines)
-    assert "cpu (test)" in text and "### Losses of Stage II" in text and "nearest LoRA" not in text
+    assert "cpu (test)" in text and "### Threshold" in text and "nearest LoRA" not in text
+    assert "### Losses of Stage II" not in text  # LoFA alone
     without = next(line for line in lines if line.startswith("| without response | 3 |"))
     cells = [cell.strip() for cell in without.split("|")[1:-1]]
     error = 0.0

@@ -74,7 +74,7 @@ def gap_closed(found: Experiments, rows: Rows, measure: str) -> list[float]:
 
 
 def table_of(found: Experiments, table: Table) -> list[str]:
-    """Markdown; lines that were not run are left out."""
+    """Markdown; lines that were not run are left out, and so is a table of one line alone."""
     lofa = found.rows(Line("", LOFA))
     extra: list[tuple[str, Callable[[Line, Rows], str]]] = []
     if table.against_lofa:
@@ -99,7 +99,7 @@ def table_of(found: Experiments, table: Table) -> list[str]:
         cells += [make(line, rows) for _, make in extra]
         cells += line.paper or ("",) * len(table.paper)
         lines.append("| " + " | ".join(cells) + " |")
-    return lines if len(lines) > 2 else []
+    return lines if len(lines) > 3 else []
 
 
 def _from_lofa(line: Line, lofa: Rows, rows: Rows, measure: str, digits: int) -> str:
@@ -123,6 +123,8 @@ def response_table(found: Experiments) -> list[str]:
         ("small weights to the per-task LoRA's", "small_weight_cosine", "", ""),
     ):
         cells = [mean_and_spread(figures.get(name, []), 3) for name in (plain, centred)]
+        if not any(cells):
+            continue
         lines.append(f"| {label} | {' | '.join(cells)} | {paper} |")
     return lines
 
