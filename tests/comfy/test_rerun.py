@@ -9,7 +9,7 @@ import pytest
 import torch
 from listening import listening
 from PIL import Image
-from test_nodes import FINE, predict_lora, sample
+from test_nodes import predict_lora, sample
 from tiny import CONFIG, network
 
 from lofa_core import miniature
@@ -51,7 +51,9 @@ def test_nothing_runs_again_where_nothing_changed(listener):
 
 
 def test_another_strength_applies_the_lora_that_was_predicted_and_another_seed_does_not(server):
-    def said(strength, seed=0, text=FINE):
+    own = "a person swings the left leg widely and quickly, slides left, leaning left, feet apart"
+
+    def said(strength, seed=0, text=own):
         prompt = heatmap(predict_lora(text=text)) | sample(["4", 1], "strength", 10)
         prompt["4"]["inputs"] |= {"strength": strength, "seed": seed}
         log = server.data / "server.log"
