@@ -1,5 +1,6 @@
 """What a hypernetwork is: its sizes, the base model and the condition it was trained for."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -100,6 +101,11 @@ class BaseDescription:
         for place, layer in enumerate(self.layers):
             places.setdefault(layer.shape, []).append(place)
         return places
+
+
+def coarse_prompt_of(conditions: Iterable["ConditionDescription"]) -> str:
+    """What all tasks of a network's training had in common; empty where it is not recorded."""
+    return next((known.coarse_prompt for known in conditions if known.coarse_prompt), "")
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .conditions import Conditions
-from .descriptions import BaseDescription, ConditionDescription, HypernetworkConfig, Shape
+from .descriptions import (
+    BaseDescription,
+    ConditionDescription,
+    HypernetworkConfig,
+    Shape,
+    coarse_prompt_of,
+)
 from .normalisation import TargetStatistics
 from .response_map import THRESHOLD
 from .trunk import Condition, Layers, Trunk, constants, shape_key, weight_patches
@@ -310,8 +316,7 @@ class Hypernetwork(nn.Module):
 
     @property
     def coarse_prompt(self) -> str:
-        """What all tasks of its training had in common; empty where it is not recorded."""
-        return next((known.coarse_prompt for known in self.conditions.values() if known.coarse_prompt), "")
+        return coarse_prompt_of(self.conditions.values())
 
     def patches(self, weights: Tensor, index: Tensor) -> Tensor:
         """Weights [N, out, in] of the layers `index` [N] as both stages look at them: [N, patches, numbers]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .blocks import MLP
 from .conditions import Conditions
 from .conditions.encoders import make_encoder
-from .descriptions import BaseDescription, ConditionDescription, Form, Target
+from .descriptions import BaseDescription, ConditionDescription, Form, Target, coarse_prompt_of
 from .lora import LoRA
 from .lora_latent import LoRACodec, LoRAVAE
 
@@ -211,8 +211,7 @@ class LoRADiffusion(nn.Module):
 
     @property
     def coarse_prompt(self) -> str:
-        """What all tasks of its training had in common; empty where it is not recorded."""
-        return next((known.coarse_prompt for known in self.conditions.values() if known.coarse_prompt), "")
+        return coarse_prompt_of(self.conditions.values())
 
     @torch.no_grad()
     def fit_latents(self, mean: Tensor, log_variance: Tensor) -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 from tiny import generator
 
 from training import experiments as module
-from training.experiments import Experiment, Plan, Seed, done, keep, slug
+from training.experiments import Plan, Seed, done, keep, slug
 from training.miniature import world
 from training.miniature.latents import LatentClips
 
@@ -163,17 +163,20 @@ def test_what_is_done_is_not_done_again_unless_it_is_changed(folder, finished):
     _, (first, second, third) = finished
     assert "LoFA, seed 0" in first and "MLP, seed 1" in second and third == ""
     results = folder / "results"
-    experiment = Plan.load(folder / "plan.toml").experiments["no features"]
-    assert done(results, "no features", experiment, 0) and not done(results, "no features", experiment, 7)
-    assert not done(results, "no features", Experiment(("stage2",), ("stage2.steps=3",)), 0)
-    assert not done(results, "another", experiment, 0)
+    described = Plan.load(folder / "plan.toml").described("no features")
+    assert done(results, described, 0) and not done(results, described, 7)
+    changes = ("set", ["stage2.steps=3"]), ("common", ["lora.rank=2"]), ("stage1_of", ""), ("name", "another")
+    for key, other in changes:
+        assert described[key] != other and not done(results, described | {key: other}, 0)
 
 
 def test_seeds_of_an_experiment_come_together_in_their_order(tmp_path):
-    experiment = Experiment(("stage1",), ("a=1",))
+    described = {"name": "A name, of two", "set": ["a=1"], "common": ["b=1"]}
+    keep(tmp_path / "new", described | {"common": ["b=0"]}, 7, {"rows": {}})  # of other settings
     for seed in (10, 2):
-        keep(tmp_path / "new", "A name, of two", experiment, seed, {"rows": {"coarse": {"joint": seed / 3}}})
-    (path,) = (tmp_path / "new").iterdir()
+        keep(tmp_path / "new", described, seed, {"rows": {"coarse": {"joint": seed / 3}}})
+    outdated, path = sorted((tmp_path / "new").iterdir(), key=lambda path: path.suffix, reverse=True)
+    assert list(json.loads(outdated.read_text())["seeds"]) == ["7"] and outdated.suffix == ".outdated"
     assert path.name == "a_name_of_two.json" == f"{slug('A name, of two')}.json"
     found = json.loads(path.read_text())
     assert list(found["seeds"]) == ["2", "10"] and found["set"] == ["a=1"]
@@ -184,6 +187,7 @@ def test_seeds_of_an_experiment_come_together_in_their_order(tmp_path):
     ("written", "said"),
     [
         ("a = [", "not valid TOML"),
+        ('config = "a"\nsets = []', "unknown key 'sets'. Known here: config"),
         ('out = "a"\nresults = "b"', "config is missing"),
         (
             '[experiment."A"]\nparts = ["stage3"]',

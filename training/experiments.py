@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.text import Text
 
 from lofa_core.checkpoint import load_generator, load_hypernetwork, save_hypernetwork
+from lofa_core.console import complain
 from lofa_core.hypernetwork import Hypernetwork
 
 from . import lora_diffusion
@@ -88,6 +88,10 @@ class Plan:
                     f"{path} [experiment.{name!r}]: stage1_of = {found[name].stage1_of!r} is no experiment "
                     "above it."
                 )
+        if unknown := values.keys() - {"config", "out", "results", "set"}:
+            raise ValueError(
+                f"{path}: unknown key {min(unknown)!r}. Known here: config, out, results, set, experiment."
+            )
         for key in ("config", "out", "results"):
             if not isinstance(values.get(key), str):
                 raise ValueError(f"{path}: {key} is missing: name a file or folder.")
@@ -98,6 +102,17 @@ class Plan:
             tuple(values.get("set", ())),
             found,
         )
+
+    def described(self, name: str) -> dict[str, Any]:
+        """What an experiment's figures rest on: they count only for a plan that says the same."""
+        experiment = self.experiments[name]
+        return {
+            "name": name,
+            "parts": list(experiment.parts),
+            "stage1_of": experiment.stage1_of,
+            "set": list(experiment.set),
+            "common": list(self.set),
+        }
 
 
 def slug(name: str) -> str:
@@ -221,30 +236,33 @@ class Seed:
         )
 
 
-def keep(results: Path, name: str, experiment: Experiment, seed: int, found: dict[str, Any]) -> None:
-    """Add a seed's figures to the experiment's file."""
-    path = results / f"{slug(name)}.json"
-    whole = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    seeds = whole.get("seeds", {}) | {str(seed): rounded(found)}
-    whole = {
-        "name": name,
-        "parts": list(experiment.parts),
-        "set": list(experiment.set),
-        "seeds": {key: seeds[key] for key in sorted(seeds, key=int)},
-    }
+def keep(results: Path, described: dict[str, Any], seed: int, found: dict[str, Any]) -> None:
+    """Add a seed's figures to the experiment's file. Figures of one described otherwise are put aside, as
+    `.outdated`.
+    """
+    path = results / f"{slug(described['name'])}.json"
+    before = _kept(path, described)
+    if path.exists() and not before:
+        path.replace(path.with_suffix(".outdated"))
+    seeds = before | {str(seed): rounded(found)}
+    whole = described | {"seeds": {key: seeds[key] for key in sorted(seeds, key=int)}}
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     unfinished.replace(path)
 
 
-def done(results: Path, name: str, experiment: Experiment, seed: int) -> bool:
+def done(results: Path, described: dict[str, Any], seed: int) -> bool:
     """Whether this seed's figures are there, of the experiment as it is now."""
-    path = results / f"{slug(name)}.json"
+    return str(seed) in _kept(results / f"{slug(described['name'])}.json", described)
+
+
+def _kept(path: Path, described: dict[str, Any]) -> dict[str, Any]:
     if not path.exists():
-        return False
+        return {}
     whole = json.loads(path.read_text(encoding="utf-8"))
-    return str(seed) in whole["seeds"] and whole["set"] == list(experiment.set)
+    seeds = whole.pop("seeds")
+    return seeds if whole == described else {}
 
 
 def main() -> int:
@@ -268,15 +286,15 @@ def main() -> int:
         for number in chosen.seeds:
             seed = Seed(plan, number, console)
             for name in names:
-                experiment = plan.experiments[name]
-                if done(results, name, experiment, number):
+                described = plan.described(name)
+                if done(results, described, number):
                     continue
                 found = seed.run(name) | {"machine": device_name(torch.device("cpu"))}
-                keep(results, name, experiment, number, found)
+                keep(results, described, number, found)
                 row = {key: round(value, 4) for key, value in found["rows"]["coarse"].items()}
                 console.print(f"{name}, seed {number}: {row}", soft_wrap=True)
     except (ValueError, OSError) as error:
-        console.print(Text("error ", "bold red"), Text(str(error)), soft_wrap=True)
+        complain(str(error))
         return 2
     return 0
 

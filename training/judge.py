@@ -30,7 +30,7 @@ from .miniature.latents import decode_clips
 from .miniature.tasks import MiniatureTasks
 from .miniature.vae import WholeClipVAE
 from .miniature.world_tasks import WorldTask
-from .validation import flat, mean_map, response_maps
+from .validation import flat, mean_delta, mean_map, response_maps
 
 _TIMES = (0.2, 0.4, 0.6, 0.8, 0.95)
 
@@ -191,7 +191,7 @@ def agreement(
     and centred on the training LoRAs' mean. Two trainings of one task differ: a yardstick for predictions.
     """
     weights = data.weights_by_shape()
-    mean, mean_delta = mean_map(weights, known), flat(delta.mean(0) for delta in known.loras.deltas())
+    mean, of_delta = mean_map(weights, known), mean_delta(known)
     sums: Counter[str] = Counter()
     for row in range(len(wanted.tasks)):
         pair = found[row : row + 1], wanted.loras[row : row + 1]
@@ -199,7 +199,7 @@ def agreement(
         sums["repeat_cosine"] += cosine(*maps)
         sums["repeat_centred_cosine"] += centred_cosine(*maps, mean)
         sums["repeat_delta_cosine"] += cosine(*deltas)
-        sums["repeat_centred_delta_cosine"] += centred_cosine(*deltas, mean_delta)
+        sums["repeat_centred_delta_cosine"] += centred_cosine(*deltas, of_delta)
     return {name: total / len(wanted.tasks) for name, total in sums.items()}
 
 

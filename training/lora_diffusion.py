@@ -24,8 +24,8 @@ from .data.folder_tasks import Tasks
 from .factors import Factors
 from .looks import on
 from .lora_dataset import LoRADataset
-from .trainer import Stage, draw, noise_from
-from .validation import flat
+from .trainer import Stage, draw, follow, noise_from
+from .validation import flat, mean_delta
 
 FILE = "lora_diffusion.safetensors"  # in the run's folder
 _TASKS = 16  # held-out tasks of a look
@@ -143,7 +143,7 @@ class LoRAVAEStage(_OfKnown):
         """Cosine of dW with what comes back of it, centred on the mean training dW: of training and of
         held-out tasks.
         """
-        mean = _mean_delta(self.known)
+        mean = mean_delta(self.known)
         found = {"known_cosine": self._rebuilt(self.known, mean)}
         return (
             found
@@ -203,10 +203,7 @@ class LoRADiffusionStage(_OfKnown):
         return {"denoising": F.mse_loss(model(noised(x0, epsilon, t), t, conditions), wanted)}
 
     def after_step(self, step: int) -> None:
-        decay = min(self.settings.ema_decay, (1 + step) / (10 + step))
-        with torch.no_grad():
-            for own, new in zip(self.average.parameters(), self.module.parameters(), strict=True):
-                own.lerp_(new, 1.0 - decay)
+        follow(self.average, self.module, step, self.settings.ema_decay)
 
     def state(self) -> list[nn.Module]:
         return [self.average]
@@ -222,7 +219,7 @@ class LoRADiffusionStage(_OfKnown):
         """
         if self.held_out is None:
             return {}
-        rng, mean, found = np.random.default_rng(_SEED), _mean_delta(self.known), []
+        rng, mean, found = np.random.default_rng(_SEED), mean_delta(self.known), []
         rows = _some_rows(self.held_out)
         told = [self.data.plain_condition(self.held_out.tasks[row], rng) for row in rows]
         network = copy.deepcopy(self.network)
@@ -282,12 +279,6 @@ def relative_distance(one: Tensor, other: Tensor) -> float:
 def _noise(like: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     """Standard normal numbers in the shape of `like` [K, ...], each row from its own generator."""
     return torch.stack([torch.randn(like.shape[1:], generator=own) for own in generators]).to(like)
-
-
-def _mean_delta(known: LoRADataset) -> Tensor:
-    return sum(flat(known.loras[row : row + 1].deltas()) for row in range(len(known.tasks))) / len(
-        known.tasks
-    )
 
 
 def _some_rows(dataset: LoRADataset) -> list[int]:

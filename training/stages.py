@@ -26,7 +26,7 @@ from .looks import Predictor, looks_at, names_by_shape, on
 from .lora_dataset import LoRADataset
 from .losses import RECONSTRUCTION
 from .over_base import OverBase, padded
-from .trainer import draw, noise_from
+from .trainer import draw, follow, noise_from
 from .validation import weight_cosines
 
 
@@ -194,10 +194,7 @@ class Diffusion(ABC):
 
     def after_step(self, step: int) -> None:
         self._injection.close()
-        decay = min(self.settings.ema_decay, (1 + step) / (10 + step))
-        with torch.no_grad():
-            for kept, new in zip(self.average.parameters(), self.trained.parameters(), strict=True):
-                kept.lerp_(new, 1.0 - decay)
+        follow(self.average, self.trained, step, self.settings.ema_decay)
 
     def state(self) -> list[nn.Module]:
         return [self.average]

@@ -75,6 +75,14 @@ def noise_from(rng: np.random.Generator) -> torch.Generator:
     return torch.Generator().manual_seed(int(rng.integers(2**62)))
 
 
+def follow(average: nn.Module, trained: nn.Module, step: int, decay: float) -> None:
+    """Move an exponential average of weights on by one step, faster in the first steps."""
+    decay = min(decay, (1 + step) / (10 + step))
+    with torch.no_grad():
+        for kept, new in zip(average.parameters(), trained.parameters(), strict=True):
+            kept.lerp_(new, 1.0 - decay)
+
+
 def train(
     stage: Stage,
     settings: StageConfig,

@@ -58,9 +58,7 @@ def weight_cosines(
     device = next(hypernetwork.parameters()).device
     weights = [own.to(device) for own in data.weights_by_shape()]
     places = hypernetwork.base.by_shape().values()
-    mean = sum(flat(known.loras[row : row + 1].deltas()) for row in range(len(known.tasks))) / len(
-        known.tasks
-    )
+    mean = mean_delta(known)
     found = []
     for conditions, own in _held_out(data, held_out, hypernetwork):
         parts = [
@@ -71,6 +69,12 @@ def weight_cosines(
         found.append((cosine(guess, real), centred_cosine(guess, real, mean), cosine(mean, real)))
     names = ("delta_cosine", "centred_delta_cosine", "mean_delta_cosine")
     return dict(zip(names, np.mean(found, axis=0).tolist(), strict=True))
+
+
+def mean_delta(known: LoRADataset) -> Tensor:
+    """The mean dW of the training tasks, all entries in a row; one task's at a time is in memory."""
+    count = len(known.tasks)
+    return sum(flat(known.loras[row : row + 1].deltas()) for row in range(count)) / count
 
 
 def flat(parts: Iterable[Tensor]) -> Tensor:
