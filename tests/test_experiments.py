@@ -75,6 +75,9 @@ set = ["network.feature_blocks=[]"]
 parts = ["text-to-lora"]
 [experiment."drawn"]
 parts = ["lora-diffusion"]
+[experiment."maps"]
+parts = ["stage1"]
+set = ["data.lora_tasks=16"]
 """
 
 
@@ -107,13 +110,13 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(folder):
-    """All with one seed, two with another, then all again: by then nothing is left to do."""
+    """All with one seed, three with another, then all again: by then nothing is left to do."""
     patch = pytest.MonkeyPatch()
     patch.setattr(module, "Judge", FakeJudge)
     patch.setattr(module.evaluator, "load", lambda: None)
     patch.chdir(folder)
     said = []
-    for seed, only in (("0", []), ("1", ["--only", "base", "MLP"]), ("0", [])):
+    for seed, only in (("0", []), ("1", ["--only", "base", "MLP", "no features"]), ("0", [])):
         arguments = ["experiments", "--config", str(folder / "plan.toml"), "--seeds", seed, *only]
         patch.setattr("sys.argv", arguments)
         stream = io.StringIO()
@@ -127,12 +130,13 @@ def finished(folder):
 
 def test_every_experiment_has_the_figures_of_its_seeds(finished):
     files, _ = finished
-    assert set(files) == {"base", "mean_lora", "lofa", "no_features", "mlp", "drawn"}
+    assert set(files) == {"base", "mean_lora", "lofa", "no_features", "mlp", "drawn", "maps"}
     seeds = {name: list(found["seeds"]) for name, found in files.items()}
-    assert seeds == {name: ["0", "1"] if name in ("base", "mlp") else ["0"] for name in files}
+    assert seeds == {name: ["0", "1"] if name in ("base", "mlp", "no_features") else ["0"] for name in files}
     assert files["base"]["seeds"]["1"]["rows"]["coarse"] == {"joint": 0.0, "prompt": 0.0, "seed": 1235}
     rows = {name: found["seeds"]["0"]["rows"] for name, found in files.items()}
     assert rows["base"]["fine"]["prompt"] == 1.0 and set(rows["mean_lora"]) == {"coarse"}
+    assert rows.pop("maps") == {}
     sizes = {name: row["coarse"]["joint"] for name, row in rows.items()}
     assert sizes["mean_lora"] > 0 and len(set(sizes.values())) == 6  # each has LoRAs of its own
 
@@ -145,6 +149,17 @@ def test_what_only_a_trained_network_has_is_there(finished):
     assert set(base) == {"rows", "machine"}
     spread = files["drawn"]["seeds"]["0"]["spread"]
     assert spread["between_seeds"] > 0 and spread["between_tasks"] > 0
+
+
+def test_stage_one_alone_is_judged_by_its_maps(finished):
+    maps = finished[0]["maps"]["seeds"]["0"]
+    assert 0 < maps["response"]["stage1_cosine"] < 1 and maps["loras"] == 16
+    assert not [name for name in maps["response"] if name.startswith("stage2")]
+
+
+def test_anothers_stage_one_is_trained_where_it_is_not_there(folder, finished):
+    assert (folder / "runs/lofa-1/stage1.safetensors").exists()  # for "no features"; LoFA itself was not run
+    assert not (folder / "runs/lofa-1/hypernetwork.safetensors").exists()
 
 
 def test_an_experiment_takes_anothers_stage_one_under_its_own_design(folder, finished):
@@ -233,4 +248,5 @@ def test_the_shipped_plan_is_whole():
     # Tables may name sizes that nobody has run; each of those is a size of something that is there.
     assert all(name.rpartition(", ")[0] in ("without response", "Text-to-LoRA MLP") for name in missing)
     families = {name for name in plan.experiments if plan.experiments[name].bases}
-    assert set(plan.experiments) - set(named) == families and len(families) == 6
+    maps = {name for name in plan.experiments if plan.experiments[name].parts == ("stage1",)}
+    assert set(plan.experiments) - set(named) == families | maps and len(families) == 6

@@ -1,5 +1,6 @@
 """A whole run in a few seconds: LoRAs, Stage I, Stage II on the shipped base, three steps each."""
 
+import dataclasses
 import functools
 import io
 import json
@@ -126,6 +127,21 @@ def test_loras_that_are_lost_are_trained_again_and_no_others(finished, monkeypat
     assert trained == [lost.id] == list(held_out.done) and len(training.skipped) == 2
     assert after.tasks == before.tasks
     assert torch.allclose(after.loras.flat(), before.loras.flat(), atol=1e-3)
+
+
+def test_runs_may_share_a_folder_of_loras(finished, tmp_path):
+    data = dataclasses.replace(finished.config.data, loras=str(finished.folder))
+    second = new_run(tmp_path / "second", data=data)
+    second.data.held_out_clips = finished.data.held_out_clips
+    for name in ("training", "held_out"):
+        own, shared = second._dataset(name), finished._dataset(name)
+        assert own.tasks == shared.tasks and torch.equal(own.loras.flat(), shared.loras.flat())
+    assert [len(summary.done) for summary in second.lora_dataset()] == [0, 0]
+    assert not list(second.folder.glob("loras_*"))
+    nowhere = tmp_path / "nowhere"
+    third = new_run(tmp_path / "third", data=dataclasses.replace(data, loras=str(nowhere)))
+    with pytest.raises(ValueError, match="nowhere: no LoRAs here yet. Run `lora-dataset`"):
+        third.stage1()  # rather than with the shipped ones
 
 
 def test_ray_and_torchrun_exclude_each_other(finished, monkeypatch):

@@ -109,6 +109,20 @@ def test_bases_that_were_never_seen_stand_beside_the_first(folder):
     assert lines[-1] == "| styles | true W | 1 | 0.500 | 0.500 | 5.00 | 9.00 |" and len(lines) == 4
 
 
+def test_stage_one_is_listed_by_the_number_of_loras_that_were_there(folder):
+    names = ("stage1_centred_cosine", "ridge_map_centred_cosine", "stage1_cosine", "mean_map_cosine")
+    for count in (128, 32):
+        response = dict(zip(names, (count / 1000, 0.1, 0.8, 0.7), strict=True))
+        seeds = {"0": {"machine": "cpu", "rows": {}, "response": response, "loras": count}}
+        (folder / f"maps{count}.json").write_text(json.dumps({"name": f"maps {count}", "seeds": seeds}))
+    lines = results_experiments.loras_table(Experiments(folder))
+    assert lines[2:] == [
+        "| 32 | 1 | 0.032 | 0.100 | 0.800 | 0.700 |",
+        "| 128 | 1 | 0.128 | 0.100 | 0.800 | 0.700 |",
+    ]
+    assert section(folder, folder.parent).count("### LoRAs that Stage I learns from") == 1
+
+
 def test_the_spread_of_draws_stands_beside_that_of_tasks(folder):
     spread = {"between_seeds": 0.5, "between_conditions": 0.75, "between_tasks": 1.25}
     seeds = {"0": {"machine": "cpu", "rows": {"coarse": row(0.1, 8.0)}, "spread": spread}}

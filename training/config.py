@@ -26,6 +26,7 @@ class DataConfig:
     lora_tasks: int = 96  # training tasks that get a LoRA of their own
     seed: int = 0
     cache: str = ""  # a folder for the world's encoded clips, which several runs share; empty: the run's own
+    loras: str = ""  # a folder of per-task LoRAs that several runs share; empty: the run's own
     folder: str = ""  # of tasks.jsonl; empty: the world, to which the keys below do not apply
     frames: int = 17  # of a clip: 1 and a multiple of 4; WAN2.1 makes 81, SDXL 1
     height: int = 64  # of a clip, a multiple of 16; WAN2.1's smaller size is 480 by 832

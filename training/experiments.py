@@ -47,9 +47,9 @@ PARTS = ("lora-dataset", "stage1", "stage2", "end-to-end", "text-to-lora", "lora
 class Experiment:
     """What is run, and what is changed for it.
 
-    parts: of train.py, in order; the last one makes what is judged. Without any, it is a method that needs no
-    training, by its name. stage1_of: the experiment whose Stage I it starts from. prompts: under which the
-    LoRAs are judged. bases: folders of other base models that they are judged on as well.
+    parts: of train.py, in order; the last one makes what is judged (of Stage I alone, its maps). Without any,
+    it is a method that needs no training, by its name. stage1_of: the experiment whose Stage I it starts
+    from. prompts: under which the LoRAs are judged. bases: folders of other base models that they are judged on as well.
     """
 
     parts: tuple[str, ...] = ()
@@ -148,9 +148,13 @@ class Seed:
         return found
 
     def _take_stage1(self, name: str, run: Run) -> None:
-        """Another experiment's Stage I, under a Stage II of this one's design."""
-        network = run.new_network()
-        other = load_hypernetwork(self.folder(name) / "stage1.safetensors")
+        """Another experiment's Stage I, under a Stage II of this one's design. It is trained where it is not
+        there: its figures may be older than this machine's runs.
+        """
+        network, path = run.new_network(), self.folder(name) / "stage1.safetensors"
+        if not path.exists():
+            Run(self._config(name, self.plan.experiments[name]), self.console).stage1()
+        other = load_hypernetwork(path)
         network.stage1.load_state_dict(other.stage1.state_dict())
         save_hypernetwork(network, run.folder / "stage1.safetensors", dtype=torch.float32)
 
@@ -173,6 +177,11 @@ class Seed:
         known, wanted = run.packed("training"), run.packed("held_out")
         told = held_out_conditions(run.data, judge, run.data.kinds[0])
         found: dict[str, Any] = {}
+        if experiment.parts == ("stage1",):
+            stage1 = load_hypernetwork(run.folder / "stage1.safetensors")
+            figures = response_figures(stage1, run.data, told, known, wanted, run.config.stage1.threshold)
+            own = {name: value for name, value in figures.items() if not name.startswith("stage2")}
+            return {"rows": {}, "response": own, "loras": len(known.tasks)}
         started = time.perf_counter()
         last = experiment.parts[-1] if experiment.parts else ""
         factors: Factors | None = None
@@ -291,7 +300,8 @@ def main() -> int:
                     continue
                 found = seed.run(name) | {"machine": device_name(torch.device("cpu"))}
                 keep(results, described, number, found)
-                row = {key: round(value, 4) for key, value in found["rows"]["coarse"].items()}
+                figures = found["rows"].get("coarse") or found["response"]
+                row = {key: round(value, 4) for key, value in figures.items()}
                 console.print(f"{name}, seed {number}: {row}", soft_wrap=True)
     except (ValueError, OSError) as error:
         complain(str(error))

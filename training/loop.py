@@ -73,7 +73,8 @@ class Run:
 
     def lora_dataset(self, ray: str | None = None) -> list[Summary]:
         """Per-task LoRAs of `lora_tasks` training tasks and of every held-out one, in loras_training/ and
-        loras_held_out/. What is valid there stays; `ray` is a cluster's address, or "local".
+        loras_held_out/ of `data.loras` or the run's folder. What is valid there stays; `ray` is a cluster's
+        address, or "local".
         """
         if ray and self.processes > 1:
             raise ValueError(f"--ray {ray}: Ray starts its own processes. Run this command without torchrun.")
@@ -89,7 +90,7 @@ class Run:
                 ("held_out", self.data.held_out, self._held_out_latents),
                 ("training", self._lora_tasks(), self._training_latents),
             ):
-                folder = LoRAFolder((self.folder / f"loras_{name}").resolve())
+                folder = LoRAFolder(self._lora_folder(name).path.resolve())
                 found.append(
                     make_dataset(
                         folder, tasks, latents, self.data.coarse(), self.config.lora, train_batches,
@@ -275,7 +276,7 @@ class Run:
         """LoRAs that a dataset in the published layout brings; the others are trained."""
         source = Path(self.config.data.folder)
         if self.process == 0 and published.is_published(source):
-            layers, into = self.data.weights.model.layers, LoRAFolder(self.folder / "loras_training")
+            layers, into = self.data.weights.model.layers, self._lora_folder("training")
             done, problems = published.import_loras(source, layers, self.config.lora.rank, into)
             self.console.print(f"{source}: {len(done)} LoRAs taken over, {len(problems)} left out")
             for problem in problems:
@@ -299,15 +300,15 @@ class Run:
 
     def _dataset(self, name: str) -> LoRADataset:
         """The run's valid LoRAs of its "training" or "held_out" tasks, else the shipped ones."""
-        folder, shipped = LoRAFolder(self.folder / f"loras_{name}"), SHIPPED / f"loras_{name}.safetensors"
+        folder, shipped = self._lora_folder(name), SHIPPED / f"loras_{name}.safetensors"
         wanted = self.data.held_out if name == "held_out" else self._lora_tasks()
         if folder.manifest.exists():
             layers = self.data.weights.model.layers
             groups = self.data.base_description().by_shape().values()
             return folder.load([[layers[place].name for place in places] for places in groups], wanted)
-        if self.config.data.folder or not shipped.exists():
+        if self.config.data.folder or self.config.data.loras or not shipped.exists():
             raise ValueError(
-                f"{self.folder}: no LoRAs here yet. Run `lora-dataset` with this configuration first."
+                f"{folder.path.parent}: no LoRAs here yet. Run `lora-dataset` with this configuration first."
             )
         kept = LoRADataset.load(shipped)
         if not set(kept.tasks) & set(wanted):
@@ -316,6 +317,9 @@ class Run:
                 "configuration's. Run `lora-dataset` with it first."
             )
         return kept.of(wanted)
+
+    def _lora_folder(self, name: str) -> LoRAFolder:
+        return LoRAFolder(Path(self.config.data.loras or self.folder) / f"loras_{name}")
 
     def _lora_tasks(self) -> list:
         """Evenly spread over the training tasks of each sort, so that every factor value has its share."""

@@ -129,6 +129,24 @@ def response_table(found: Experiments) -> list[str]:
     return lines
 
 
+def loras_table(found: Experiments) -> list[str]:
+    """Markdown: Stage I by the number of LoRAs that it learns from."""
+    headings = ("LoRAs", "seeds", "Stage I, centred cosine", "ridge regression of maps", "Stage I, cosine")
+    lines = [f"| {' | '.join(headings)} | mean map, cosine |", "|---" * 6 + "|"]
+    rows = []
+    for name in found.seeds:
+        if counts := set(found.of(name, "loras")):
+            cosines, (count,) = found.response(name), counts
+            shown = [
+                mean_and_spread(cosines[key], 3)
+                for key in (
+                    "stage1_centred_cosine", "ridge_map_centred_cosine", "stage1_cosine", "mean_map_cosine"
+                )
+            ]  # fmt: skip
+            rows.append((count, f"| {count} | {len(found.seeds[name])} | {' | '.join(shown)} |"))
+    return lines + [row for _, row in sorted(rows)] if rows else []
+
+
 def bases_table(found: Experiments) -> list[str]:
     """Markdown: networks trained over several bases, on the first of them and on two they never saw."""
     lines = [
@@ -255,6 +273,7 @@ def section(folder: Path, pictures: Path) -> list[str]:
             lines += ["", f"### {table.title}", "", *([table.words, ""] if table.words else []), *rows]
     for title, rows in (
         ("Response maps (section 4.4)", response_table(found)),
+        ("LoRAs that Stage I learns from", loras_table(found)),
         ("Bases it never saw: true W and random constants", bases_table(found)),
         ("How far draws are apart", spread_table(found)),
         ("Seconds for one personalisation", seconds_table(found)),
