@@ -49,7 +49,8 @@ class Experiment:
 
     parts: of train.py, in order; the last one makes what is judged (of Stage I alone, its maps). Without any,
     it is a method that needs no training, by its name. stage1_of: the experiment whose Stage I it starts
-    from. prompts: under which the LoRAs are judged. bases: folders of other base models that they are judged on as well.
+    from. prompts: under which the LoRAs are judged. bases: folders of other base models that they are judged
+    on as well.
     """
 
     parts: tuple[str, ...] = ()
