@@ -55,11 +55,14 @@ def test_the_page_is_written_from_the_runs_that_are_named(tmp_path, monkeypatch)
         (tmp_path / name).mkdir()
         (tmp_path / name / "evaluation.json").write_text(json.dumps(found))
     out = tmp_path / "RESULTS.md"
+    (tmp_path / "condition_text_style.png").touch()
     arguments = [f"{name}={tmp_path / name}" for name in ("all", "identity")]
     monkeypatch.setattr("sys.argv", ["results", *arguments, "--out", str(out)])
     assert results.main() == 0
     page = out.read_text()
     assert "### Looks" in page and "2 people whom neither" in page and "diversity of 4.50" in page
+    assert "Text and style:\n\n![condition_text_style](condition_text_style.png)" in page
+    assert page.count("](condition_") == 1  # those that are there
     assert "for it alone |" not in page and "Text and style at once" not in page
 
 

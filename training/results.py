@@ -105,6 +105,16 @@ def identity_table(found: dict) -> list[str]:
     return lines
 
 
+def sheets(pictures: Path) -> list[str]:
+    """Markdown: the before/after sheets that lie there (training.miniature.sheets, training.faces.identity)."""
+    found = [(name, pictures / f"condition_{name}.png") for name in (*KINDS, "text_style", IDENTITY)]
+    lines = []
+    for name, path in found:
+        if path.exists():
+            lines += ["", f"{name.replace('_', ' and ').capitalize()}:", "", f"![{path.stem}]({path.name})"]
+    return lines
+
+
 def _shown(measure: str, value: float) -> str:
     return f"{value:.{ {'frechet': 2, 'flow_matching': 4}.get(measure, 3) }f}"
 
@@ -112,7 +122,9 @@ def _shown(measure: str, value: float) -> str:
 def document(
     runs: dict[str, dict], command: str, experiments: Path | None = None, pictures: Path = Path("docs")
 ) -> str:
-    """The whole page; `experiments` is the folder of those, whose plots go into `pictures`."""
+    """The whole page. `experiments` is the folder of those; their plots go into `pictures`, beside the page,
+    where the sheets are looked for.
+    """
     lines = [
         "# Results",
         "",
@@ -143,6 +155,14 @@ def document(
             "",
             *identity_table(found),
         ]
+    if seen := sheets(pictures):
+        lines += [
+            "",
+            "## Before and after",
+            "",
+            "The base model, and the same noise with the predicted LoRA;",
+        ]
+        lines += ["tasks that nothing was trained on.", *seen]
     if experiments is not None:
         lines += section(experiments, pictures)
     return "\n".join(lines) + "\n"
