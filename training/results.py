@@ -106,7 +106,7 @@ def identity_table(found: dict) -> list[str]:
 
 
 def sheets(pictures: Path) -> list[str]:
-    """Markdown: the before/after sheets that lie there (training.miniature.sheets, training.faces.identity)."""
+    """Markdown: the before/after sheets that lie there (made by miniature.sheets and faces.identity)."""
     found = [(name, pictures / f"condition_{name}.png") for name in (*KINDS, "text_style", IDENTITY)]
     lines = []
     for name, path in found:
