@@ -75,6 +75,9 @@ set = ["network.feature_blocks=[]"]
 parts = ["text-to-lora"]
 [experiment."drawn"]
 parts = ["lora-diffusion"]
+[experiment."own"]
+parts = ["lora-dataset"]
+set = ["lora.steps=2", "lora.batch=1", "data.lora_tasks=1", 'data.loras="{folder}/loras"']
 [experiment."maps"]
 parts = ["stage1"]
 set = ["data.lora_tasks=16"]
@@ -116,7 +119,7 @@ def finished(folder):
     patch.setattr(module.evaluator, "load", lambda: None)
     patch.chdir(folder)
     said = []
-    for seed, only in (("0", []), ("1", ["--only", "base", "MLP", "no features"]), ("0", [])):
+    for seed, only in (("0", []), ("1", ["--only", "base", "MLP", "no features", "own"]), ("0", [])):
         arguments = ["experiments", "--config", str(folder / "plan.toml"), "--seeds", seed, *only]
         patch.setattr("sys.argv", arguments)
         stream = io.StringIO()
@@ -130,15 +133,17 @@ def finished(folder):
 
 def test_every_experiment_has_the_figures_of_its_seeds(finished):
     files, _ = finished
-    assert set(files) == {"base", "mean_lora", "lofa", "no_features", "mlp", "drawn", "maps"}
+    assert set(files) == {"base", "mean_lora", "lofa", "no_features", "mlp", "drawn", "own", "maps"}
     seeds = {name: list(found["seeds"]) for name, found in files.items()}
-    assert seeds == {name: ["0", "1"] if name in ("base", "mlp", "no_features") else ["0"] for name in files}
+    assert seeds == {
+        name: ["0", "1"] if name in ("base", "mlp", "no_features", "own") else ["0"] for name in files
+    }
     assert files["base"]["seeds"]["1"]["rows"]["coarse"] == {"joint": 0.0, "prompt": 0.0, "seed": 1235}
     rows = {name: found["seeds"]["0"]["rows"] for name, found in files.items()}
     assert rows["base"]["fine"]["prompt"] == 1.0 and set(rows["mean_lora"]) == {"coarse"}
     assert rows.pop("maps") == {}
     sizes = {name: row["coarse"]["joint"] for name, row in rows.items()}
-    assert sizes["mean_lora"] > 0 and len(set(sizes.values())) == 6  # each has LoRAs of its own
+    assert sizes["mean_lora"] > 0 and len(set(sizes.values())) == 7  # each has LoRAs of its own
 
 
 def test_what_only_a_trained_network_has_is_there(finished):
@@ -149,6 +154,13 @@ def test_what_only_a_trained_network_has_is_there(finished):
     assert set(base) == {"rows", "machine"}
     spread = files["drawn"]["seeds"]["0"]["spread"]
     assert spread["between_seeds"] > 0 and spread["between_tasks"] > 0
+
+
+def test_loras_that_seeds_share_are_trained_and_timed_once(folder, finished):
+    first, second = (finished[0]["own"]["seeds"][seed] for seed in "01")
+    assert first["seconds"] > 0 and "seconds" not in second
+    assert first["rows"]["coarse"]["joint"] == second["rows"]["coarse"]["joint"] > 0
+    assert len(list((folder / "loras/loras_held_out").glob("*.safetensors"))) == 32
 
 
 def test_stage_one_alone_is_judged_by_its_maps(finished):

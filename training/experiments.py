@@ -138,14 +138,14 @@ class Seed:
         fresh, started = not any(run.folder.iterdir()), time.perf_counter()
         if experiment.stage1_of:
             self._take_stage1(experiment.stage1_of, run)
-        for part in experiment.parts:
-            getattr(run, part.replace("-", "_"))()
+        made = [getattr(run, part.replace("-", "_"))() for part in experiment.parts]
         trained = time.perf_counter() - started
         found = self._judged(name, experiment, run)
         if experiment.parts and fresh:  # else some of it was done before
             found["training_seconds"] = trained
             if experiment.parts[-1] == "lora-dataset":
-                found["seconds"] = trained / (len(run.data.held_out) + run.config.data.lora_tasks)
+                loras = sum(len(summary.done) for summary in made[-1])
+                found |= {"seconds": trained / loras} if loras else {}  # else another seed's
         return found
 
     def _take_stage1(self, name: str, run: Run) -> None:
