@@ -175,6 +175,7 @@ def installation() -> Installation:
 def server(installation, tmp_path_factory):
     data = tmp_path_factory.mktemp("comfyui")
     _link(ROOT, data / "custom_nodes/lofa")
+    _link(Path(__file__).with_name("small_sizes.py"), data / "custom_nodes")
     _link(miniature.DIFFUSION_MODEL, data / "models/diffusion_models")
     _link(miniature.VAE, data / "models/vae")
     # Under the names in workflows/wan_text_action.json: the miniature for WAN, random stages for LoFA_v0.

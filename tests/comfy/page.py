@@ -117,7 +117,7 @@ class Page:
         self.tab.set_default_timeout(RUN_MS)
         kind, detail = self.tab.evaluate(_QUEUE)
         self.tab.set_default_timeout(SOON_MS)
-        assert kind == "execution_success", (kind, detail)
+        assert kind == "execution_success", (kind, detail.get("exception_message", detail))
         for x in range(300, 600, 60):  # the page puts a moving preview on its node once the mouse moves
             self.tab.mouse.move(x, 850)
         self.tab.wait_for_timeout(500)
