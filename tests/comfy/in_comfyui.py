@@ -215,7 +215,9 @@ def sdxl_prediction(host) -> dict:
     layers = host.base_weights(model).model.layers
     described = (descriptions.LayerDescription(x.name, x.depth, x.kind, x.shape) for x in layers)
     base = descriptions.BaseDescription("SDXL miniature", tuple(described))
-    config = descriptions.HypernetworkConfig(rank=2, grid=(2, 2), width=16, heads=2, blocks=1, feature_blocks=())
+    config = descriptions.HypernetworkConfig(
+        rank=2, grid=(2, 2), width=16, heads=2, blocks=1, feature_blocks=()
+    )
     network = Hypernetwork(config, base, (descriptions.ConditionDescription("identity", 8),))
     condition = Condition({"identity": Given(torch.randn(1, 5, 8))}, {"identity": "1 picture"})
     show, host.show_text = host.show_text, lambda node, text: said.append(text)  # there is no page here

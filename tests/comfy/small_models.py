@@ -1,9 +1,9 @@
-"""Writes what the workflows for WAN and SDXL load, small and with random weights; run by `Installation.inspect`:
+"""Writes what the workflows for WAN and SDXL load, small and with random weights.
 
-python small_models.py <ComfyUI checkout> <this repository> <models folder> <ignored>
+Run by `Installation.inspect`: python small_models.py <ComfyUI checkout> <this repository> <models folder> -
 
-The architectures are ComfyUI's own and found by its own detection (with small_sizes.py's entries). The WAN model and its
-VAE are the miniature's, and so is the text encoder, with its tokeniser in the file as ComfyUI's own files have it.
+The architectures are ComfyUI's own and found by its own detection (with small_sizes.py's entries). The WAN
+model and its VAE are the miniature's, and so is the text encoder, its tokeniser in the file as ComfyUI has it.
 """
 
 import json

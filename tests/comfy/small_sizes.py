@@ -1,7 +1,7 @@
 """A custom node for the tests' ComfyUI, without nodes: SDXL and UMT5 in small sizes are known to its loaders.
 
-ComfyUI tells SDXL by its widths and has UMT5's sizes in a table; here both get one more entry. Everything else
-(which file is what, how it is read, the model's code) is ComfyUI's own.
+ComfyUI tells SDXL by its widths and has UMT5's sizes in a table; here both get one more entry. Everything
+else (which file is what, how it is read, the model's code) is ComfyUI's own.
 """
 
 import json
