@@ -2,8 +2,8 @@
 
 Run by `Installation.inspect`: python small_models.py <ComfyUI checkout> <this repository> <models folder> -
 
-The architectures are ComfyUI's own and found by its own detection (with small_sizes.py's entries). The WAN
-model and its VAE are the miniature's, and so is the text encoder, its tokeniser in the file as ComfyUI has it.
+The architectures are ComfyUI's own, found by its own detection (with small_sizes.py's entries). The WAN
+model and its VAE are the miniature's, and so is the text encoder, its tokeniser in the file as ComfyUI's.
 """
 
 import json
