@@ -50,7 +50,8 @@ class ResponseMaps(Mapping[str, Tensor]):
             return response.layer(row).probability(weights.unsqueeze(0))[0, 0]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._responses)
+        """In the base model's order, whatever the order of the batches."""
+        return (layer.name for layer in self._base.model.layers if layer.name in self._responses)
 
     def __len__(self) -> int:
         return len(self._responses)

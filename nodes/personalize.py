@@ -1,10 +1,19 @@
 """The common path in one node: what the artist wants -> the LoRA, applied."""
 
+import weakref
+from collections.abc import Callable
+
 from comfy_api.latest import io
 
 from .conditions import EXAMPLE, combined, picture_condition, pose_condition, text_condition
 from .predict import lora_outputs, personalised, seed_input, strength_input
-from .sockets import CATEGORY, HypernetworkSocket, PoseSocket
+from .sockets import CATEGORY, Condition, HypernetworkSocket, PoseSocket
+
+# Hypernetwork -> node id -> what the node was given last, and the condition made of it, which remembers the
+# LoRA predicted of it (predict.py). ComfyUI caches no part of a node, so it is kept here, as long as the
+# hypernetwork.
+_kept: weakref.WeakKeyDictionary[object, dict[str, tuple[list[Callable[[], object]], Condition]]]
+_kept = weakref.WeakKeyDictionary()
 
 
 class Personalize(io.ComfyNode):
@@ -55,22 +64,43 @@ class Personalize(io.ComfyNode):
     def execute(
         cls, hypernetwork, model, text, strength, clip=None, keypoints=None, clip_vision_output=None, seed=0
     ) -> io.NodeOutput:
-        given = []
-        if text.strip():
-            if clip is None:
-                raise ValueError("There is a text but no CLIP to read it: connect clip, or empty the text.")
-            given.append(text_condition(hypernetwork, clip, text))
-        if keypoints is not None:
-            given.append(pose_condition(hypernetwork, keypoints))
-        if clip_vision_output is not None:
-            kinds = [kind for kind in ("style", "identity") if kind in hypernetwork.conditions]
-            if len(kinds) > 1:
-                raise ValueError(
-                    "This hypernetwork knows style and identity, and a picture may be either: use Encode "
-                    "Style or Encode Identity, and Predict LoRA."
-                )
-            given.append(picture_condition(hypernetwork, (kinds or ["style"])[0], clip_vision_output))
-        if not given:
-            raise ValueError("Nothing is asked for: write a text, or connect keypoints or a picture.")
-        condition, node_id = combined([(one, 1.0) for one in given]), cls.hidden.unique_id
+        node_id, kept = cls.hidden.unique_id, _kept.setdefault(hypernetwork, {})
+        parts = (text, clip, keypoints, clip_vision_output)
+        if node_id not in kept or not _are(parts, kept[node_id][0]):
+            made = _condition(hypernetwork, *parts)
+            kept[node_id] = [_reference(part) for part in parts], made
+        condition = kept[node_id][1]
         return io.NodeOutput(*personalised(hypernetwork, model, condition, strength, seed, node_id))
+
+
+def _reference(part: object) -> Callable[[], object]:
+    """Weak where it holds on to tensors; a text and keypoints are small, and know no weak references."""
+    return (lambda: part) if part is None or isinstance(part, (str, list)) else weakref.ref(part)
+
+
+def _are(parts: tuple, references: list[Callable[[], object]]) -> bool:
+    """Whether these inputs are those of the references: the same text, and the same objects."""
+    (text, *objects), (known, *others) = parts, (reference() for reference in references)
+    return text == known and all(one is other for one, other in zip(objects, others, strict=True))
+
+
+def _condition(hypernetwork, text: str, clip, keypoints, clip_vision_output) -> Condition:
+    """All that is given as one condition. Raises ValueError where something is missing."""
+    given = []
+    if text.strip():
+        if clip is None:
+            raise ValueError("There is a text but no CLIP to read it: connect clip, or empty the text.")
+        given.append(text_condition(hypernetwork, clip, text))
+    if keypoints is not None:
+        given.append(pose_condition(hypernetwork, keypoints))
+    if clip_vision_output is not None:
+        kinds = [kind for kind in ("style", "identity") if kind in hypernetwork.conditions]
+        if len(kinds) > 1:
+            raise ValueError(
+                "This hypernetwork knows style and identity, and a picture may be either: use Encode "
+                "Style or Encode Identity, and Predict LoRA."
+            )
+        given.append(picture_condition(hypernetwork, (kinds or ["style"])[0], clip_vision_output))
+    if not given:
+        raise ValueError("Nothing is asked for: write a text, or connect keypoints or a picture.")
+    return combined([(one, 1.0) for one in given])

@@ -77,7 +77,10 @@ def personalised(
     applied = host.apply_lora(model, lora, layers, strength)
     report = f"{layers} of {layers} layers matched, "
     report += "as predicted before" if again else f"predicted in {prediction.seconds:.2f} s"
-    if quantisation := host.quantisation(model, f"diffusion_model.{next(iter(prediction.lora))}.weight"):
+    first = (
+        host.base_weights(model).model.layers[0].key
+    )  # as the MODEL names it, which in SDXL is another name
+    if quantisation := host.quantisation(model, first):
         report += f"; the model's weights are {quantisation} and were dequantised for it"
     host.show_text(node_id, report)
     return lora, applied, prediction.responses

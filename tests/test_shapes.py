@@ -88,6 +88,10 @@ def test_every_layer_gets_factors_of_its_own_shape_in_the_bases_order(base, net,
 
 
 @torch.no_grad()
+def test_response_maps_come_in_the_bases_order(base, found):
+    assert list(found.responses) == [layer.name for layer in base.model.layers]
+
+
 def test_a_layer_gets_what_the_network_gives_it_alone(net, base, found):
     places = net.base.by_shape()
     for shape in SHAPES:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from page import find_chromium, opened
 from test_released import SMALL, published_files, released
 from tiny import CONFIG, network
 
@@ -84,15 +85,17 @@ class Server:
     def json(self, path: str) -> dict:
         return json.loads(self.get(path))
 
+    def post(self, path: str, value: object) -> bytes:
+        request = urllib.request.Request(
+            self.url + path, data=json.dumps(value).encode(), headers={"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.read()
+
     def run(self, prompt: dict) -> dict:
         """Queue a workflow in API form and wait; its entry in the history. Fails where ComfyUI refuses it."""
-        body = json.dumps({"prompt": prompt}).encode()
-        request = urllib.request.Request(
-            self.url + "/prompt", data=body, headers={"Content-Type": "application/json"}
-        )
         try:
-            with urllib.request.urlopen(request, timeout=30) as answer:
-                prompt_id = json.load(answer)["prompt_id"]
+            prompt_id = json.loads(self.post("/prompt", {"prompt": prompt}))["prompt_id"]
         except urllib.error.HTTPError as error:
             pytest.fail(f"ComfyUI refused the workflow: {error.read().decode()[:2000]}")
         deadline = time.monotonic() + RUN_SECONDS
@@ -172,6 +175,7 @@ def installation() -> Installation:
 def server(installation, tmp_path_factory):
     data = tmp_path_factory.mktemp("comfyui")
     _link(ROOT, data / "custom_nodes/lofa")
+    _link(Path(__file__).with_name("small_sizes.py"), data / "custom_nodes")
     _link(miniature.DIFFUSION_MODEL, data / "models/diffusion_models")
     _link(miniature.VAE, data / "models/vae")
     # Under the names in workflows/wan_text_action.json: the miniature for WAN, random stages for LoFA_v0.
@@ -207,6 +211,19 @@ def server(installation, tmp_path_factory):
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+@pytest.fixture(scope="session")
+def page(server):
+    """The server's page, open in a browser; its screenshots go to out/screenshots."""
+    driver = pytest.importorskip("playwright.sync_api", reason="no playwright here: pip install playwright")
+    chromium = find_chromium()
+    if chromium is None:
+        pytest.skip("no Chromium here, on which the page would be opened")
+    server.post("/settings/Comfy.TutorialCompleted", True)  # no greeting for the first visit
+    with driver.sync_playwright() as playwright:
+        with opened(playwright, chromium, server.url, ROOT / "out/screenshots") as page:
+            yield page
 
 
 def network_of_all_kinds() -> Hypernetwork:

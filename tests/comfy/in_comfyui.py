@@ -160,24 +160,32 @@ def picture_conditions(host) -> dict:
     return found
 
 
-def sdxl_lora(host) -> dict:
-    """Of a LoRA for SDXL's real layers in our default layout, how many ComfyUI's real SDXL takes."""
+def _sdxl(channels: int, blocks: tuple[int, int], context: int, pooled: int, device: str):
+    """ComfyUI's SDXL of these sizes (its own: 320, (2, 10), 2048, 1280), without values in its weights."""
     import comfy.supported_models
-    from lofa_pack.lofa_core.lora import LoRA, LoRALayer
-    from lofa_pack.lofa_core.lora_files import to_state_dict
 
+    few, many = blocks
     unet = {
-        "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320,
-        "num_res_blocks": [2, 2, 2], "channel_mult": [1, 2, 4], "transformer_depth": [0, 0, 2, 2, 10, 10],
-        "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10], "transformer_depth_middle": 10,
-        "use_spatial_transformer": True, "use_linear_in_transformer": True, "context_dim": 2048,
-        "num_head_channels": 64, "num_classes": "sequential", "adm_in_channels": 2816,
-        "use_temporal_attention": False, "dtype": torch.float16,
+        "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": channels,
+        "num_res_blocks": [2, 2, 2], "channel_mult": [1, 2, 4],
+        "transformer_depth": [0, 0, few, few, many, many],
+        "transformer_depth_output": [0, 0, 0, few, few, few, many, many, many],
+        "transformer_depth_middle": many, "use_spatial_transformer": True, "use_linear_in_transformer": True,
+        "context_dim": context, "num_head_channels": 64, "num_classes": "sequential",
+        "adm_in_channels": pooled + 6 * 256, "use_temporal_attention": False, "dtype": torch.float16,
     }  # fmt: skip
     config = comfy.supported_models.SDXL(unet)
     config.set_inference_dtype(torch.float16, None)
-    device = torch.device("meta")
-    model = comfy.model_patcher.ModelPatcher(config.get_model({}, "", device), device, device)
+    place = torch.device(device)
+    return comfy.model_patcher.ModelPatcher(config.get_model({}, "", place), place, place)
+
+
+def sdxl_lora(host) -> dict:
+    """Of a LoRA for SDXL's real layers in our default layout, how many ComfyUI's real SDXL takes."""
+    from lofa_pack.lofa_core.lora import LoRA, LoRALayer
+    from lofa_pack.lofa_core.lora_files import to_state_dict
+
+    model = _sdxl(320, (2, 10), 2048, 1280, "meta")
     base = host.base_weights(model)
     layers = {
         layer.name: LoRALayer(torch.ones(1, layer.shape[1]), torch.ones(layer.shape[0], 1), 1.0)
@@ -191,6 +199,34 @@ def sdxl_lora(host) -> dict:
         "keys": sorted(state)[0],
         "patched": len(patched.patches),
     }
+
+
+def sdxl_prediction(host) -> dict:
+    """What Predict LoRA does with an SDXL of a fifth of the width and a network of random weights."""
+    from lofa_pack.lofa_core import descriptions
+    from lofa_pack.lofa_core.conditions import Given
+    from lofa_pack.lofa_core.hypernetwork import Hypernetwork
+    from lofa_pack.nodes.predict import personalised
+    from lofa_pack.nodes.sockets import Condition
+
+    model, said = _sdxl(64, (1, 1), 32, 16, "cpu"), []
+    for weight in model.model.diffusion_model.parameters():
+        weight.data.normal_(std=0.1)
+    layers = host.base_weights(model).model.layers
+    described = (descriptions.LayerDescription(x.name, x.depth, x.kind, x.shape) for x in layers)
+    base = descriptions.BaseDescription("SDXL miniature", tuple(described))
+    config = descriptions.HypernetworkConfig(
+        rank=2, grid=(2, 2), width=16, heads=2, blocks=1, feature_blocks=()
+    )
+    network = Hypernetwork(config, base, (descriptions.ConditionDescription("identity", 8),))
+    condition = Condition({"identity": Given(torch.randn(1, 5, 8))}, {"identity": "1 picture"})
+    show, host.show_text = host.show_text, lambda node, text: said.append(text)  # there is no page here
+    lora, applied, response = personalised(network.eval(), model, condition, 1.0, 0, "1")
+    host.show_text = show
+    return {
+        "said": said[0], "patched": len(applied.patches), "tensors": len(lora),
+        "in_order": list(response) == [layer.name for layer in layers],
+    }  # fmt: skip
 
 
 def hooked_weights(host) -> dict:
@@ -260,6 +296,7 @@ if __name__ == "__main__":
             text_conditions,
             picture_conditions,
             sdxl_lora,
+            sdxl_prediction,
             text_encoding,
             lora_that_does_not_match,
             wrong_text_encoder,

@@ -61,6 +61,12 @@ def test_a_lora_for_sdxl_reaches_all_560_layers_of_comfyuis_sdxl(seen):
     assert found["keys"].startswith("lora_unet_down_blocks_1_")
 
 
+def test_a_lora_is_predicted_for_comfyuis_sdxl(seen):
+    found = seen["sdxl_prediction"]
+    assert found["said"].startswith("88 of 88 layers matched, predicted in") and found["in_order"]
+    assert (found["patched"], found["tensors"]) == (88, 3 * 88)
+
+
 def test_base_weights_are_read_without_a_hook_on_them(seen):
     assert seen["hooked_weights"] == {"name": "blocks.0.self_attn.q", "difference": 0.0}
 

@@ -2,6 +2,7 @@
 
 import pytest
 from test_nodes import FINE, frames, predict_lora, sample
+from test_rerun import OTHER
 
 from lofa_core import miniature
 
@@ -51,6 +52,29 @@ def test_text_pose_and_picture_together_give_what_the_single_nodes_give(server):
     prompt["4"]["inputs"]["condition"] = ["9", 0]
     outputs = server.succeed(prompt | sample(["5", 1], "one", 30) | sample(["4", 1], "many", 40))
     assert frames(server, outputs, "35") == frames(server, outputs, "45")
+
+
+def test_another_strength_applies_the_lora_that_was_predicted(server):
+    """Two nodes of one hypernetwork, each with a LoRA of its own."""
+
+    def said(strength: float, text: str, seed: int = 0) -> list[str]:
+        prompt = start(FINE, keypoints=["20", 0])
+        prompt["6"] = start(text, clip_vision_output=["21", 0])["5"]
+        for node in ("5", "6"):
+            prompt[node]["inputs"] |= {"strength": strength, "seed": seed}
+            inputs = {"response": [node, 2], "cell": 32}
+            prompt[f"1{node}"] = {"class_type": "LoFAResponseHeatmap", "inputs": inputs}
+        log = server.data / "server.log"
+        before = len(log.read_text())
+        server.succeed(prompt)
+        lines = log.read_text()[before:].splitlines()
+        return sorted(line.partition("matched, ")[2][:13] for line in lines if "layers matched" in line)
+
+    again, anew = "as predicted ", "predicted in "
+    assert said(1.0, FINE) == [anew, anew]
+    assert said(0.5, FINE) == [again, again]
+    assert said(0.25, OTHER) == [again, anew]
+    assert said(0.25, OTHER, seed=1) == [anew, anew]
 
 
 @pytest.mark.parametrize(
