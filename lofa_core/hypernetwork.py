@@ -71,10 +71,6 @@ class Response(ABC):
         parts = {name: getattr(self, name)[:, row : row + 1] for name in self._factors()}
         return type(self)(**parts, features=torch.empty(0))
 
-    def is_finite(self) -> bool:
-        """Whether every number of it is finite, but for the features."""
-        return all(bool(getattr(self, name).isfinite().all()) for name in self._factors())
-
     def _factors(self) -> list[str]:
         return [part.name for part in fields(self) if part.name != "features"]
 

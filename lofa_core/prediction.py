@@ -43,7 +43,7 @@ class ResponseMaps(Mapping[str, Tensor]):
         """Keep the first condition's response of a batch of layers. ValueError where it is not finite."""
         kept = response.kept()
         for row, layer in enumerate(layers):
-            if not kept.layer(row).is_finite():
+            if not all(bool(part.isfinite().all()) for part in vars(kept.layer(row)).values()):
                 raise not_finite("response map", layer.name, response.features)
             self._responses[layer.name] = (kept, row, layer)
 

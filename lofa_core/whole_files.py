@@ -41,7 +41,20 @@ def not_written(path: Path, error: Exception) -> OSError:
     )
 
 
-def forget_unfinished(path: Path) -> None:
-    """Remove what killed programs have left of writing `path`. Nobody else may be writing it."""
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file."""
+    with whole_file(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
+def copy_whole(source: Path, target: Path) -> None:
+    """Copy a file's content."""
+    with whole_file(target) as unfinished:
+        shutil.copyfile(source, unfinished)
+
+
+def cleared(path: Path) -> Path:
+    """`path`, after what killed programs have left of writing it is gone. Nobody else may be writing it."""
     for unfinished in path.parent.glob(f".{glob.escape(path.name)}.*"):
         unfinished.unlink(missing_ok=True)
+    return path

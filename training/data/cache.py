@@ -19,7 +19,7 @@ from rich.progress import track
 
 from lofa_core.base_models import BaseWeights, open_safetensors
 from lofa_core.lora_files import write_safetensors
-from lofa_core.whole_files import forget_unfinished, whole_file
+from lofa_core.whole_files import cleared, write_whole
 
 from ..config import DataConfig
 from . import published
@@ -186,6 +186,4 @@ def _cached(task: Task, folder: Path, encoder: TaskEncoder, key: str) -> _Outcom
 
 
 def _write(path: Path, values: dict) -> None:
-    forget_unfinished(path)
-    with whole_file(path) as unfinished:
-        unfinished.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(cleared(path), json.dumps(values, indent=1, ensure_ascii=False) + "\n")

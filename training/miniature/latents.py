@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 
-from lofa_core.whole_files import forget_unfinished, whole_file
+from lofa_core.whole_files import cleared, whole_file
 
 from ..backbones import from_unit, to_unit
 from . import vae as vae_module
@@ -67,8 +67,7 @@ class LatentClips:
 
     def save(self, path: Path) -> None:
         """Write whole or not at all."""
-        forget_unfinished(path)
-        with whole_file(path) as unfinished:
+        with whole_file(cleared(path)) as unfinished:
             torch.save({"latents": self.latents, "actions": self.actions, "looks": self.looks}, unfinished)
 
     @classmethod
