@@ -3,9 +3,7 @@
 import argparse
 import hashlib
 import math
-import os
 import sys
-import uuid
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,8 +21,10 @@ from .heatmap import render
 from .inspection import inspect
 from .lora_diffusion import LoRADiffusion
 from .lora_files import match, save_lora, write_safetensors
+from .memory import out_of_memory
 from .prediction import Prediction
 from .released import load_released
+from .whole_files import whole_file
 
 try:
     from PIL import Image
@@ -52,6 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             complain(f"{error.filename}: {error.strerror}.")
         else:
             complain(str(error))
+        return 2
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        complain(str(error))
         return 2
     except KeyboardInterrupt:
         complain("interrupted.")
@@ -166,9 +171,11 @@ def _predict(options: argparse.Namespace) -> None:
     save_lora(lora, options.out)
     written = [options.out, *_write_responses(options, prediction, base)]
     output = Console(soft_wrap=True, highlight=False)
+    short = prediction.responses.short_of_memory
     output.print(
         f"{match(lora, base.model).summary()} ({base.model.name}), rank {lora.rank}, "
-        f"predicted in {prediction.seconds:.2f} s on {device}",
+        f"predicted in {prediction.seconds:.2f} s on {device}"
+        + (f", in batches of {short} because memory was short" if short else ""),
         markup=False,
     )
     for path in written:
@@ -205,12 +212,8 @@ def _write_responses(options: argparse.Namespace, prediction: Prediction, base: 
             columns=(layer.kind for layer in layers),
             rows=(layer.depth for layer in layers),
         )
-        unfinished = options.heatmap.with_name(f".{options.heatmap.name}.{uuid.uuid4().hex}")
-        try:
+        with whole_file(options.heatmap) as unfinished:
             Image.fromarray(picture).save(unfinished, format="PNG")
-            os.replace(unfinished, options.heatmap)
-        finally:
-            unfinished.unlink(missing_ok=True)
         written.append(options.heatmap)
     return written
 

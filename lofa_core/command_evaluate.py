@@ -14,6 +14,7 @@ from .command_checks import check_outputs, find_device
 from .metrics.clips import read_folder, read_prompts, references_of
 from .metrics.evaluation import METRICS, Material, Result, evaluate
 from .metrics.weights import WEIGHTS, Weights
+from .whole_files import write_whole
 
 _SHOWN = 5  # skipped videos named on the screen; the JSON has all
 _ABOUT = """\
@@ -112,7 +113,7 @@ def run(options: argparse.Namespace) -> None:
             bar.update(task, advance=1)
     _print(output, results)
     if options.json:
-        options.json.write_text(_json(results, notes, options), encoding="utf-8")
+        write_whole(options.json, _json(results, notes, options))
         output.print(f"wrote {options.json}", markup=False)
     if all(result.value is None for result in results):
         raise ValueError("no metric could be measured; the reasons are above.")

@@ -12,6 +12,7 @@ from .base_models import BaseWeights
 from .checkpoint import Generator
 from .conditions import Conditions
 from .lora_diffusion import LoRADiffusion, starting_noise
+from .memory import memory_for
 from .prediction import Prediction, Progress, ResponseMaps
 
 
@@ -42,9 +43,13 @@ def predict(
     layers = len(prediction.fitting_layers(generator, base))
     if check_cancelled is not None:
         check_cancelled()
-    network = _in_float32(generator, torch.device(device))
-    given = {kind: one.to(network.latent_mean) for kind, one in conditions.items()}
-    (lora,) = network.draw(given, starting_noise(seed, network.config.latent))
+    with memory_for("to draw a LoRA", device):
+        network = _in_float32(generator, torch.device(device))
+        given = {kind: one.to(network.latent_mean) for kind, one in conditions.items()}
+        (lora,) = network.draw(given, starting_noise(seed, network.config.latent))
+    for name, layer in lora.items():
+        if not layer.is_finite():
+            raise prediction.not_finite("LoRA", name, network.latent_mean)
     if progress is not None:
         progress(layers, layers)
     metadata = prediction.metadata_of(generator, base, conditions) | {"lofa_seed": str(seed)}

@@ -1,5 +1,6 @@
 """The LoRA container: a low-rank change dW of each target layer, and the exact operations on it."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -35,6 +36,11 @@ class LoRALayer:
     def delta(self) -> Tensor:
         """dW, float32 [out, in]."""
         return (self.alpha / self.rank) * (self.B.float() @ self.A.float())
+
+    def is_finite(self) -> bool:
+        """Whether every entry of A, B and dW is a number of float32: |dW| is at most |alpha| |A| |B|."""
+        size = torch.linalg.vector_norm(self.A.float()) * torch.linalg.vector_norm(self.B.float())
+        return math.isfinite(self.alpha * size.item())
 
     def truncated(self, rank: int) -> "LoRALayer":
         """The best layer of at most this rank in canonical form: B = U sqrt(S), A = sqrt(S) V^T, alpha = r.

@@ -228,7 +228,10 @@ class LoRADiffusion(nn.Module):
 
     @torch.no_grad()
     def draw(self, conditions: Conditions, start: Tensor) -> list[LoRA]:
-        """The LoRA of each of K conditions from its noise [K, latent]; on the device of the weights."""
+        """The LoRA of each of K conditions from its noise [K, latent]; on the device of the weights.
+
+        Raises ValueError where what is drawn is not finite.
+        """
         told, guidance = self.denoiser.told(conditions), self.config.guidance
 
         def denoise(x: Tensor, t: Tensor) -> Tensor:
@@ -238,7 +241,12 @@ class LoRADiffusion(nn.Module):
             return found if self.config.target == "x0" else x0_from_velocity(x, found, t)
 
         x0 = sample(denoise, start.to(self.latent_mean), self.config.steps)
-        return self.codec.loras(self.vae.decode(self.latent_mean + self.latent_scale * x0))
+        numbers = self.vae.decode(self.latent_mean + self.latent_scale * x0)
+        if not all(bool(own.isfinite().all()) for own in numbers):
+            raise ValueError(
+                "What this LoRA Diffusion draws is not finite. Its file is damaged: get or train it again."
+            )
+        return self.codec.loras(numbers)
 
 
 def starting_noise(seed: int, latent: int) -> Tensor:

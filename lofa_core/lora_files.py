@@ -1,7 +1,6 @@
 """LoRA files: safetensors in every layout of key_names.py, and the count of layers that fit a base model."""
 
-import os
-import uuid
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 from .base_models import BaseModel, open_safetensors
 from .key_names import canonical_name, default_layout, layout_name
 from .lora import LoRA, LoRALayer
+from .whole_files import whole_file
 
 # What stands after a layer's name -> what it holds.
 SUFFIXES = {
@@ -125,9 +125,17 @@ def save_lora(
 ) -> None:
     """Write a LoRA and its metadata to a .safetensors file, whole or not at all; see `to_state_dict`.
 
-    Raises FileNotFoundError if the folder is not there, ValueError for another file type.
+    Raises FileNotFoundError if the folder is not there, ValueError for another file type, or where a number
+    is not finite or too large for `dtype`.
     """
-    write_safetensors(to_state_dict(lora, layout, dtype), path, lora.metadata)
+    state = to_state_dict(lora, layout, dtype)
+    for key, tensor in state.items():
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(
+                f"{path} is not written: {key} is not finite in {str(tensor.dtype).removeprefix('torch.')}. "
+                "Lower the LoRA's strength, or predict it again."
+            )
+    write_safetensors(state, path, lora.metadata)
 
 
 def load_lora(path: Path | str) -> LoRA:
@@ -140,9 +148,10 @@ def load_lora(path: Path | str) -> LoRA:
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], path: Path | str, metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file beside its final place and move it there: a failed write leaves the old file.
+    """Write a safetensors file, whole or not at all; the same tensors and metadata give the same bytes.
 
-    Raises FileNotFoundError if the folder is not there, ValueError if the name does not end in .safetensors.
+    Raises FileNotFoundError if the folder is not there, ValueError if the name does not end in .safetensors,
+    OSError naming the file where the disk is full.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -158,15 +167,23 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: Path | str, metadata:
         alone = storage.nbytes() == tensor.nbytes and storage.data_ptr() not in seen
         seen.add(storage.data_ptr())
         own[key] = tensor if alone else tensor.clone()
-    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
+    with whole_file(path) as unfinished:
         unfinished.touch()
         mode = unfinished.stat().st_mode
         save_file(own, unfinished, dict(metadata))
         unfinished.chmod(mode)  # safetensors makes files that only their owner can read
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+        _sort_metadata(unfinished)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put a file's metadata into the order of its names: safetensors writes them in another every time."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        file.seek(8)
+        file.write(text.ljust(length))
 
 
 def read_safetensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -16,6 +16,7 @@ from .conditions import Conditions
 from .descriptions import BaseDescription, ConditionDescription
 from .hypernetwork import Hypernetwork, Response
 from .lora import LoRA, LoRALayer
+from .memory import memory_for, out_of_memory
 from .steps import Progress
 from .trunk import Layers
 
@@ -34,13 +35,16 @@ class ResponseMaps(Mapping[str, Tensor]):
     """
 
     def __init__(self, base: BaseWeights):
+        self.short_of_memory = 0  # layers at a time that fitted, where fewer than the device does best
         self._base = base
         self._responses: dict[str, tuple[Response, int, TargetLayer]] = {}
 
     def add(self, response: Response, layers: Sequence[TargetLayer]) -> None:
-        """Keep the first condition's response of a batch of layers."""
+        """Keep the first condition's response of a batch of layers. ValueError where it is not finite."""
         kept = response.kept()
         for row, layer in enumerate(layers):
+            if not all(bool(part.isfinite().all()) for part in vars(kept.layer(row)).values()):
+                raise not_finite("response map", layer.name, response.features)
             self._responses[layer.name] = (kept, row, layer)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -104,13 +108,15 @@ def predict(
     """Predict the LoRA for the conditions of one task (LoFA eq. 2), of any of the kinds the network knows.
 
     Runs on `device` in `dtype`, `batch_size` layers at a time (None: what the device does best), and reports
-    after each batch. A batch that does not fit into memory is halved and done again; MemoryError where one
-    layer alone does not fit. `check_cancelled` is called before each batch and each block of the
-    networks and may raise; nothing is kept then.
+    after each batch. A batch that does not fit into memory is halved and done again, which is logged and kept
+    in `responses.short_of_memory`; MemoryError where one layer alone does not fit. ValueError where something
+    that comes out is not finite. `check_cancelled` is called before each batch and each block of the networks
+    and may raise; nothing is kept then.
     """
     started = time.perf_counter()
-    network, given = _ready(hypernetwork, conditions, device, dtype)
-    projected = network.stage1.trunk.project(given), network.stage2.trunk.project(given)
+    with memory_for("for the hypernetwork", device):
+        network, given = _ready(hypernetwork, conditions, device, dtype)
+        projected = network.stage1.trunk.project(given), network.stage2.trunk.project(given)
     found: dict[str, LoRALayer] = {}
     responses = ResponseMaps(base)
 
@@ -121,11 +127,27 @@ def predict(
         A, B = A[0].cpu().float(), B[0].cpu().float()
         for row, layer in enumerate(chosen):
             found[layer.name] = LoRALayer(A[row], B[row], float(network.config.rank))
+            if not found[layer.name].is_finite():
+                raise not_finite("LoRA", layer.name, response.features)
 
-    _in_batches(network, base, device, batch_size, batch, progress, check_cancelled)
+    responses.short_of_memory = _in_batches(
+        network, base, device, batch_size, batch, progress, check_cancelled
+    )
     in_order = {layer.name: found[layer.name] for layer in hypernetwork.base.layers}
     metadata = metadata_of(hypernetwork, base, conditions)
     return Prediction(LoRA(in_order, metadata), responses, time.perf_counter() - started)
+
+
+def not_finite(what: str, layer: str, computed: Tensor) -> ValueError:
+    """What to raise where something predicted for a layer is infinite or not a number; `computed`: a tensor
+    of the kind and place that it was computed in.
+    """
+    dtype = str(computed.dtype).removeprefix("torch.")
+    help = "" if computed.dtype == torch.float32 else "Predict in float32; if it stays so, "
+    return ValueError(
+        f"The {what} predicted for {layer} is not finite (in {dtype} on {computed.device}). {help}the "
+        "hypernetwork's file is damaged, or was not trained for such weights: get or train it again."
+    )
 
 
 def metadata_of(hypernetwork: TrainedFor, base: BaseWeights, conditions: Conditions) -> dict[str, str]:
@@ -154,14 +176,17 @@ def predict_response(
     check_cancelled: Callable[[], None] | None = None,
 ) -> ResponseMaps:
     """Stage I alone. Arguments as of `predict`."""
-    network, given = _ready(hypernetwork, conditions, device, dtype)
-    projected = network.stage1.trunk.project(given)
+    with memory_for("for the hypernetwork", device):
+        network, given = _ready(hypernetwork, conditions, device, dtype)
+        projected = network.stage1.trunk.project(given)
     responses = ResponseMaps(base)
 
     def batch(layers: Layers, chosen: list[TargetLayer]) -> None:
         responses.add(network.stage1(layers, projected), chosen)
 
-    _in_batches(network, base, device, batch_size, batch, progress, check_cancelled)
+    responses.short_of_memory = _in_batches(
+        network, base, device, batch_size, batch, progress, check_cancelled
+    )
     return responses
 
 
@@ -204,6 +229,11 @@ def check_conditions(hypernetwork: TrainedFor, conditions: Conditions) -> None:
                 f"The {kind} condition is {shape}; this hypernetwork expects "
                 f"[{', '.join(map(str, expected))}]. Encode it with the encoder it was trained with."
             )
+        if not bool(given.values.isfinite().all()):
+            raise ValueError(
+                f"The {kind} condition holds numbers that are not finite. Encode it again; if it "
+                "stays so, the encoder's file is damaged."
+            )
 
 
 def _in_batches(
@@ -214,12 +244,14 @@ def _in_batches(
     batch: Batch,
     progress: Progress | None,
     check_cancelled: Callable[[], None] | None,
-) -> None:
-    """Call `batch` with one batch of layers of one shape after another, until all layers are done."""
+) -> int:
+    """Call `batch` with one batch of layers of one shape after another, until all layers are done. How many
+    at a time fitted into memory, 0 where that was no matter.
+    """
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size = {batch_size}: expected at least 1 layer, or None.")
     layers = fitting_layers(hypernetwork, base)
-    size = batch_size or default_batch_size(hypernetwork, device)
+    size, short = batch_size or default_batch_size(hypernetwork, device), 0
     left, done = list(hypernetwork.base.by_shape().values()), 0
     with _asked_often(hypernetwork, check_cancelled):
         while left:
@@ -237,11 +269,12 @@ def _in_batches(
                     f"There is not enough memory on {device} to predict even one layer at a time. "
                     "Close other programs, or use another device or bfloat16."
                 )
-            size = len(chosen) // 2
+            size = short = len(chosen) // 2
             log.warning("Not enough memory on %s; going on with %d layers at a time.", device, size)
             gc.collect()
             if torch.device(device).type == "cuda":
                 torch.cuda.empty_cache()
+    return short
 
 
 @contextmanager
@@ -279,7 +312,7 @@ def _fits(
     """
     chosen = [layers[place] for place in places]
     try:
-        read = (base.read(layer).to(device).float() for layer in chosen)
+        read = (_checked(base.read(layer).to(device).float(), layer, base) for layer in chosen)
         index = torch.tensor(places, device=device)
         if torch.device(device).type == "cpu":  # one by one stays in the caches
             each = zip(read, index.split(1), strict=True)
@@ -288,12 +321,16 @@ def _fits(
             patches = hypernetwork.patches(torch.stack(list(read)), index)
         batch(hypernetwork.layers(chosen[0].shape, index, patches), chosen)
     except (RuntimeError, MemoryError) as error:
-        if not _out_of_memory(error):
+        if not out_of_memory(error):
             raise
         return False
     return True
 
 
-def _out_of_memory(error: BaseException) -> bool:
-    # On the CPU PyTorch raises a plain RuntimeError, which only its words tell from others.
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def _checked(weight: Tensor, layer: TargetLayer, base: BaseWeights) -> Tensor:
+    if not bool(weight.isfinite().all()):
+        raise ValueError(
+            f"{layer.name} of the {base.model.name} given holds numbers that are not finite: the "
+            "model is damaged, or its dtype is too narrow for it. Load another file of it."
+        )
+    return weight

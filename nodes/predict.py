@@ -7,7 +7,7 @@ from comfy_api.latest import io
 
 from ..lofa_core.generators import predict, predict_response
 from ..lofa_core.lora_files import to_state_dict
-from ..lofa_core.prediction import Prediction, check_conditions
+from ..lofa_core.prediction import Prediction, ResponseMaps, check_conditions
 from . import host
 from .sockets import (
     CATEGORY,
@@ -63,6 +63,12 @@ def _prediction(hypernetwork, model, condition: Condition, seed: int) -> tuple[P
     return prediction, False
 
 
+def _memory_note(responses: ResponseMaps) -> str:
+    """What to add to a report where memory was short."""
+    short = responses.short_of_memory
+    return f"; memory was short, so {short} layers at a time" if short else ""
+
+
 def personalised(
     hypernetwork, model, condition: Condition, strength: float, seed: int, node_id: str
 ) -> tuple:
@@ -77,9 +83,8 @@ def personalised(
     applied = host.apply_lora(model, lora, layers, strength)
     report = f"{layers} of {layers} layers matched, "
     report += "as predicted before" if again else f"predicted in {prediction.seconds:.2f} s"
-    first = (
-        host.base_weights(model).model.layers[0].key
-    )  # as the MODEL names it, which in SDXL is another name
+    report += _memory_note(prediction.responses)
+    first = host.base_weights(model).model.layers[0].key  # as the MODEL names it: in SDXL another name
     if quantisation := host.quantisation(model, first):
         report += f"; the model's weights are {quantisation} and were dequantised for it"
     host.show_text(node_id, report)
@@ -142,11 +147,15 @@ class PredictResponse(io.ComfyNode):
                     display_name="response", tooltip="One map per layer, for Response Heatmap."
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, hypernetwork, model, condition) -> io.NodeOutput:
-        return io.NodeOutput(_predict(predict_response, hypernetwork, model, condition))
+        responses = _predict(predict_response, hypernetwork, model, condition)
+        report = f"{len(responses)} response maps{_memory_note(responses)}"
+        host.show_text(cls.hidden.unique_id, report)
+        return io.NodeOutput(responses)
 
 
 class PredictLoRA(io.ComfyNode):

@@ -48,6 +48,12 @@ def tiny_lora(names=NAMES):
     return LoRA(layers, {"made_by": "a test"})
 
 
+class Maps(dict):
+    """Response maps of a prediction that had memory enough."""
+
+    short_of_memory = 0
+
+
 @pytest.fixture
 def files(tmp_path):
     """A base of 16 layers, a condition and a stand-in hypernetwork file, with paths to write to."""
@@ -67,7 +73,7 @@ def calls(monkeypatch):
     def predict(hypernetwork, base, conditions, **options):
         seen.append({"conditions": conditions, **options})
         options["progress"](1, 2)
-        responses = {layer.name: torch.full(layer.shape, 0.25) for layer in base.model.layers}
+        responses = Maps((layer.name, torch.full(layer.shape, 0.25)) for layer in base.model.layers)
         return SimpleNamespace(lora=tiny_lora(), responses=responses, seconds=0.5)
 
     monkeypatch.setattr(command_line, "load_generator", lambda path, dtype: SimpleNamespace(conditions=known))

@@ -26,6 +26,7 @@ from rich.console import Console
 from lofa_core.checkpoint import load_generator, load_hypernetwork, save_hypernetwork
 from lofa_core.console import complain
 from lofa_core.hypernetwork import Hypernetwork
+from lofa_core.whole_files import write_whole
 
 from . import lora_diffusion
 from .baselines.simple import mean_lora, nearest_lora, ridge_lora
@@ -257,9 +258,7 @@ def keep(results: Path, described: dict[str, Any], seed: int, found: dict[str, A
     seeds = before | {str(seed): rounded(found)}
     whole = described | {"seeds": {key: seeds[key] for key in sorted(seeds, key=int)}}
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    write_whole(path, json.dumps(whole, indent=1) + "\n")
 
 
 def done(results: Path, described: dict[str, Any], seed: int) -> bool:

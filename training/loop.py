@@ -1,7 +1,6 @@
 """One run: its folder, its stages in order, and what each leaves behind."""
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -20,6 +19,7 @@ from lofa_core.checkpoint import load_generator, load_hypernetwork, save_hyperne
 from lofa_core.descriptions import HypernetworkConfig
 from lofa_core.hypernetwork import Hypernetwork
 from lofa_core.lora_files import read_safetensors, write_safetensors
+from lofa_core.whole_files import cleared, copy_whole, write_whole
 
 from . import cluster, lora_diffusion
 from .baselines.text_to_lora import TextToLoRA, TextToLoRAStage
@@ -149,7 +149,7 @@ class Run:
         self._train(stage)
         stage.finish()
         if self.process == 0:
-            write_safetensors(network.state_dict(), self.folder / TEXT_TO_LORA, {})
+            write_safetensors(network.state_dict(), cleared(self.folder / TEXT_TO_LORA), {})
         self.accelerator.wait_for_everyone()
 
     def _new_text_to_lora(self) -> TextToLoRA:
@@ -164,7 +164,7 @@ class Run:
             self.config, self.data, known, self._held_out(), self.device, self._train
         )
         if self.process == 0:
-            save_lora_diffusion(network.eval(), path, dtype=getattr(torch, self.config.stored_as))
+            save_lora_diffusion(network.eval(), cleared(path), dtype=getattr(torch, self.config.stored_as))
             self.console.print(f"wrote {path}", soft_wrap=True)
         self.accelerator.wait_for_everyone()
 
@@ -203,7 +203,7 @@ class Run:
     def _save(self, network: Hypernetwork, name: str, dtype: torch.dtype) -> None:
         path = self.folder / name
         if self.process == 0:
-            save_hypernetwork(network.eval(), path, dtype=dtype)
+            save_hypernetwork(network.eval(), cleared(path), dtype=dtype)
             self.console.print(f"wrote {path}", soft_wrap=True)
         self.accelerator.wait_for_everyone()
 
@@ -234,7 +234,7 @@ class Run:
             for table in (found, found.get("looks", {}), found.get("both", {})):
                 if "rows" in table:
                     self.console.print(as_table(table["rows"]))
-            (self.folder / "evaluation.json").write_text(json.dumps(found, indent=1) + "\n")
+            write_whole(self.folder / "evaluation.json", json.dumps(found, indent=1) + "\n")
         return found
 
     def baselines(self) -> dict[str, Predictor]:
@@ -267,9 +267,9 @@ class Run:
         figures = json.loads(miniature.FIGURES.read_text())
         figures["hypernetwork"] = json.loads(evaluation.read_text()) | {"config": asdict(self.config)}
         for name in ("training", "held_out"):
-            shutil.copyfile(self._packed_file(name), SHIPPED / f"loras_{name}.safetensors")
-        shutil.copyfile(self.folder / "hypernetwork.safetensors", miniature.HYPERNETWORK)
-        miniature.FIGURES.write_text(json.dumps(figures, indent=1) + "\n")
+            copy_whole(self._packed_file(name), SHIPPED / f"loras_{name}.safetensors")
+        copy_whole(self.folder / "hypernetwork.safetensors", miniature.HYPERNETWORK)
+        write_whole(miniature.FIGURES, json.dumps(figures, indent=1) + "\n")
         write_figures(figures)
 
     def _import_loras(self) -> None:

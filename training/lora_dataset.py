@@ -141,11 +141,12 @@ class LoRAFolder:
             whole.replace(self.manifest)
 
     def append(self, records: Iterable[Record]) -> None:
-        """Add lines to the manifest, each by a single write at its end; they are on the disk on return."""
+        """Add lines to the manifest by a single write at its end, so that a batch is there or trained again
+        as it was; they are on the disk on return.
+        """
         with self.manifest.open("ab") as file:
-            for record in records:
-                file.write(record.line().encode())
-                file.flush()
+            file.write("".join(record.line() for record in records).encode())
+            file.flush()
             os.fsync(file.fileno())
 
     def write(

@@ -3,6 +3,8 @@
 import textwrap
 from pathlib import Path
 
+from lofa_core.whole_files import write_whole
+
 README = Path(__file__).parents[1] / "README.md"
 _START, _END = "<!-- figures -->\n", "<!-- end of figures -->\n"
 
@@ -63,7 +65,7 @@ def write_figures(figures: dict, readme: Path = README) -> None:
         )
     before, rest = text.split(_START, 1)
     after = rest.split(_END, 1)[1]
-    readme.write_text(before + _START + figures_text(figures) + _END + after, encoding="utf-8")
+    write_whole(readme, before + _START + figures_text(figures) + _END + after)
 
 
 def _share(value: float | None) -> str:

@@ -10,6 +10,7 @@ from PIL import Image
 
 from lofa_core.heatmap import render
 from lofa_core.hypernetwork import Hypernetwork
+from lofa_core.whole_files import cleared, whole_file
 
 from .data.folder_tasks import Tasks
 from .factors import Factors, by_name
@@ -64,7 +65,8 @@ def write_samples(hypernetwork: Hypernetwork, data: Tasks, folder: Path, device:
         }
         for name, picture in ((task.id, np.concatenate(rows, 0)), (f"{task.id}_response", render(maps))):
             written.append(folder / f"{name}.png")
-            Image.fromarray(picture).save(written[-1])
+            with whole_file(cleared(written[-1])) as unfinished:
+                Image.fromarray(picture).save(unfinished, format="PNG")
     return written
 
 

@@ -25,8 +25,11 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
+
+from lofa_core.whole_files import not_written
 
 from .config import StageConfig
 from .optimisers import MuonAdamW, set_learning_rate, warm_up_and_cosine
@@ -185,6 +188,11 @@ class Checkpoints:
     def __init__(self, folder: Path, accelerator: Accelerator):
         self.folder, self.accelerator = folder, accelerator
 
+    def clear(self) -> None:
+        """Remove what was never finished, or removed by half."""
+        for unfinished in self.folder.glob("unfinished-*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+
     def last(self) -> Path | None:
         """The newest one, None where there is none."""
         found = sorted(self.folder.glob("step-*"))
@@ -192,6 +200,8 @@ class Checkpoints:
 
     def load_last(self, settings: dict[str, Any]) -> int:
         """Take up the newest checkpoint; the number of steps done. ValueError where settings differ."""
+        if self.accelerator.is_main_process:
+            self.clear()
         path = self.last()
         if path is None:
             return 0
@@ -209,18 +219,22 @@ class Checkpoints:
         """Write the state after `steps` steps. OSError where the disk is full; the ones before are whole."""
         place = self.folder / f"step-{steps:07}"
         unfinished = self.folder / f"unfinished-{steps:07}"
+        try:
+            if self.accelerator.is_main_process:
+                unfinished.mkdir(parents=True)
+            self.accelerator.wait_for_everyone()
+            self.accelerator.save_state(str(unfinished))
+            self.accelerator.wait_for_everyone()
+            if self.accelerator.is_main_process:
+                (unfinished / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
+                unfinished.rename(place)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            self.clear()  # to give the space back
+            raise not_written(place, error) from error
         if self.accelerator.is_main_process:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir(parents=True)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(unfinished))
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            (unfinished / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
-            shutil.rmtree(place, ignore_errors=True)
-            unfinished.rename(place)
-            for old in [*sorted(self.folder.glob("step-*"))[:-KEPT], *self.folder.glob("unfinished-*")]:
-                shutil.rmtree(old, ignore_errors=True)
+            for old in sorted(self.folder.glob("step-*"))[:-KEPT]:
+                old.rename(old.with_name(f"unfinished-{old.name}"))  # removed by half it must not look whole
+            self.clear()
         self.accelerator.wait_for_everyone()
 
 

@@ -8,7 +8,6 @@ each with its `.pooled`; and of each kind asked for `pose` uint8 [n, 3, T, H, W]
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from rich.progress import track
 
 from lofa_core.base_models import BaseWeights, open_safetensors
 from lofa_core.lora_files import write_safetensors
+from lofa_core.whole_files import cleared, write_whole
 
 from ..config import DataConfig
 from . import published
@@ -186,7 +186,4 @@ def _cached(task: Task, folder: Path, encoder: TaskEncoder, key: str) -> _Outcom
 
 
 def _write(path: Path, values: dict) -> None:
-    """Write JSON whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    write_whole(cleared(path), json.dumps(values, indent=1, ensure_ascii=False) + "\n")

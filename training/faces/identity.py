@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lofa_core.checkpoint import load_hypernetwork
 from lofa_core.hypernetwork import Hypernetwork
+from lofa_core.whole_files import write_whole
 
 from ..baselines.simple import mean_lora, nearest_lora, ridge_lora
 from ..config import TrainingConfig, load_config
@@ -208,7 +209,7 @@ def main() -> None:
     torch.set_num_threads(1)
     network = load_hypernetwork(chosen.hypernetwork or folder / "hypernetwork.safetensors")
     found = {"identity": evaluate(config, network, Console(stderr=True, highlight=False), chosen.sheet)}
-    (folder / "evaluation.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_whole(folder / "evaluation.json", json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

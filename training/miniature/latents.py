@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 
+from lofa_core.whole_files import cleared, whole_file
+
 from ..backbones import from_unit, to_unit
 from . import vae as vae_module
 from . import world
@@ -65,9 +67,8 @@ class LatentClips:
 
     def save(self, path: Path) -> None:
         """Write whole or not at all."""
-        partial = path.with_suffix(".partial")
-        torch.save({"latents": self.latents, "actions": self.actions, "looks": self.looks}, partial)
-        partial.replace(path)
+        with whole_file(cleared(path)) as unfinished:
+            torch.save({"latents": self.latents, "actions": self.actions, "looks": self.looks}, unfinished)
 
     @classmethod
     def load(cls, *paths: Path) -> "LatentClips":

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lofa_core.conditions.image import CLIPImageEncoder
+from lofa_core.whole_files import cleared, whole_file
 
 from . import image_encoder, world
 from .world_tasks import all_looks
@@ -26,7 +27,6 @@ def style_states(base: Path, actions: list[world.Action], cache: Path) -> dict[w
             pictures = [image_encoder.picture(look, actions, rng) for _ in range(PICTURES)]
             states.append(encoder.encode(pictures)[0].unflatten(0, (PICTURES, -1)).half())
         cache.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = cache.with_suffix(".partial")
-        torch.save(torch.stack(states), unfinished)
-        unfinished.replace(cache)
+        with whole_file(cleared(cache)) as unfinished:
+            torch.save(torch.stack(states), unfinished)
     return dict(zip(looks, torch.load(cache, weights_only=True), strict=True))
