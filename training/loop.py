@@ -72,9 +72,8 @@ class Run:
             torch.set_num_threads(1)
 
     def lora_dataset(self, ray: str | None = None) -> list[Summary]:
-        """Per-task LoRAs of `lora_tasks` training tasks and of every held-out one, in loras_training/ and
-        loras_held_out/ of `data.loras` or the run's folder. What is valid there stays; `ray` is a cluster's
-        address, or "local".
+        """Per-task LoRAs of `lora_tasks` training tasks and of every held-out one, into `data.loras` or the
+        run's folder. What is valid there stays; `ray` is a cluster's address, or "local".
         """
         if ray and self.processes > 1:
             raise ValueError(f"--ray {ray}: Ray starts its own processes. Run this command without torchrun.")
@@ -261,9 +260,7 @@ class Run:
         self._refuse_folder("ship")
         evaluation = self.folder / "evaluation.json"
         if not evaluation.exists():
-            raise ValueError(
-                f"{self.folder}: no evaluation.json. Run `evaluate` first; nothing ships unmeasured."
-            )
+            raise ValueError(f"{self.folder}: no evaluation.json. Run `evaluate`; nothing ships unmeasured.")
         figures = json.loads(miniature.FIGURES.read_text())
         figures["hypernetwork"] = json.loads(evaluation.read_text()) | {"config": asdict(self.config)}
         for name in ("training", "held_out"):
