@@ -5,9 +5,8 @@ from contextlib import contextmanager
 
 import torch
 
-
-# What tells a plain RuntimeError on the CPU from others: PyTorch's allocator, and oneDNN's objects, which have no
-# other reason not to be made where the same ones were made before.
+# What tells a plain RuntimeError on the CPU from others: the name of PyTorch's allocator, and what oneDNN says
+# when it gets no memory.
 _WORDS = ("DefaultCPUAllocator", "could not create a primitive", "could not create a memory object",
           "could not execute a primitive")  # fmt: skip
 

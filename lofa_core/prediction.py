@@ -307,8 +307,8 @@ def _out_of_memory_in(
     places: list[int],
     device: torch.device | str,
 ) -> str:
-    """Do one batch, the layers at these places; the error's words where memory ran out, else none. Here, so that
-    nothing of the failed batch stays alive.
+    """Do one batch, the layers at these places; the error's words where memory ran out, else none. Here, so
+    that nothing of the failed batch stays alive.
     """
     chosen = [layers[place] for place in places]
     try:

@@ -76,7 +76,6 @@ class Command:
 
     def killed(self, kills: int, seed: int, check) -> Tried:
         """Kill it `kills` times and let it end each time it can; `check` is given the folder of every end."""
-        self.to_its_end(self.fresh("warm"))  # the first fork waits for the imports
         seconds = self.to_its_end(self.fresh("timed"))
         rng, moments, ends = np.random.default_rng(seed), [], 0
         while len(moments) < kills:

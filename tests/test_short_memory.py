@@ -1,5 +1,5 @@
-"""Memory that is really short: a process that may not have more (RLIMIT_AS) predicts in smaller batches, says so,
-and where not even one layer fits it says what to do.
+"""Memory that is really short: a process that may not have more (RLIMIT_AS) predicts in smaller batches and
+says so; where not even one layer fits, it says what to do.
 """
 
 import json
@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from lofa_core.memory import out_of_memory
+
 ROOT = Path(__file__).resolve().parents[1]
-MB = 2**20
+linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits a process's memory this way")
 
 # Limits itself to what it has and so many MB more; prints what came of a prediction of all 16 layers at once.
 SCRIPT = """
@@ -52,3 +54,44 @@ def predicted_with(megabytes: float) -> dict:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@linux
+def test_a_process_with_little_memory_predicts_in_smaller_batches_and_says_so():
+    found = predicted_with(40)
+    assert 1 <= found["short"] < 16 and found["furthest"] < 1e-4
+    assert len(found["said"]) >= 1 and "Not enough memory on cpu; going on with 8 layers" in found["said"][0]
+
+
+@linux
+def test_the_batches_go_down_to_one_layer():
+    found = [predicted_with(megabytes) for megabytes in (14, 12, 8)]  # what fits depends on the C library
+    (alone, *_) = [one for one in found if one.get("short") == 1]
+    assert alone["furthest"] < 1e-4
+    assert [words.partition("with ")[2] for words in alone["said"]] == [
+        "8 layers at a time.", "4 layers at a time.", "2 layers at a time.", "one layer at a time."
+    ]  # fmt: skip
+
+
+@linux
+def test_where_not_even_one_layer_fits_it_says_what_to_do():
+    found = predicted_with(0)
+    assert "not enough memory on cpu to predict even one layer at a time" in found["error"]
+    assert "bfloat16" in found["error"] and len(found["said"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("error", "means"),
+    [
+        (MemoryError(), True),
+        (RuntimeError("could not create a primitive"), True),  # oneDNN
+        (
+            RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
+            True,
+        ),  # Windows
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("could not create a primitive"), False),
+    ],
+)
+def test_what_means_that_memory_ran_out(error, means):
+    assert out_of_memory(error) == means

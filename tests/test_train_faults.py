@@ -1,5 +1,5 @@
-"""Every command that trains, killed with kill -9 at random moments or with a full disk: started again, it ends
-as if nothing had been.
+"""Every command that trains, killed with kill -9 at random moments or on a full disk: started again, it ends as
+if nothing had been.
 """
 
 import json
@@ -23,6 +23,9 @@ out = "run"
 [data]
 folder = {folder}
 coarse_prompt = "a person is moving"
+frames = 5
+height = 32
+width = 32
 [lora]
 rank = 2
 steps = 4
