@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 import torch
 
-# What tells a plain RuntimeError on the CPU from others: the name of PyTorch's allocator, and what oneDNN says
-# when it gets no memory.
+# What tells a plain RuntimeError on the CPU from others: the name of PyTorch's allocator, and what oneDNN
+# says when it gets no memory.
 _WORDS = ("DefaultCPUAllocator", "could not create a primitive", "could not create a memory object",
           "could not execute a primitive")  # fmt: skip
 
