@@ -21,7 +21,7 @@ from .heatmap import render
 from .inspection import inspect
 from .lora_diffusion import LoRADiffusion
 from .lora_files import match, save_lora, write_safetensors
-from .memory import out_of_memory
+from .memory import at_a_time, out_of_memory
 from .prediction import Prediction
 from .released import load_released
 from .whole_files import whole_file
@@ -175,7 +175,7 @@ def _predict(options: argparse.Namespace) -> None:
     output.print(
         f"{match(lora, base.model).summary()} ({base.model.name}), rank {lora.rank}, "
         f"predicted in {prediction.seconds:.2f} s on {device}"
-        + (f", in batches of {short} because memory was short" if short else ""),
+        + (f", {at_a_time(short)} because memory was short" if short else ""),
         markup=False,
     )
     for path in written:

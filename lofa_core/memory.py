@@ -5,11 +5,21 @@ from contextlib import contextmanager
 
 import torch
 
+# What tells a plain RuntimeError on the CPU from others: the name of PyTorch's allocator, and what oneDNN
+# says when it gets no memory.
+_WORDS = ("DefaultCPUAllocator", "could not create a primitive", "could not create a memory object",
+          "could not execute a primitive")  # fmt: skip
+
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error means that memory ran out."""
-    # On the CPU PyTorch raises a plain RuntimeError, which only its allocator's name tells from others.
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or (isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS))
+
+
+def at_a_time(layers: int) -> str:
+    """`4 layers at a time`."""
+    return "one layer at a time" if layers == 1 else f"{layers} layers at a time"
 
 
 @contextmanager

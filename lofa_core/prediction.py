@@ -16,7 +16,7 @@ from .conditions import Conditions
 from .descriptions import BaseDescription, ConditionDescription
 from .hypernetwork import Hypernetwork, Response
 from .lora import LoRA, LoRALayer
-from .memory import memory_for, out_of_memory
+from .memory import at_a_time, memory_for, out_of_memory
 from .steps import Progress
 from .trunk import Layers
 
@@ -258,7 +258,8 @@ def _in_batches(
             if check_cancelled is not None:
                 check_cancelled()  # before weights are read, too
             chosen = left[0][:size]
-            if _fits(batch, hypernetwork, base, layers, chosen, device):
+            error = _out_of_memory_in(batch, hypernetwork, base, layers, chosen, device)
+            if not error:
                 left = [left[0][size:], *left[1:]] if len(left[0]) > size else left[1:]
                 done += len(chosen)
                 if progress is not None:
@@ -266,11 +267,11 @@ def _in_batches(
                 continue
             if len(chosen) == 1:
                 raise MemoryError(
-                    f"There is not enough memory on {device} to predict even one layer at a time. "
+                    f"There is not enough memory on {device} to predict even one layer at a time ({error}). "
                     "Close other programs, or use another device or bfloat16."
                 )
             size = short = len(chosen) // 2
-            log.warning("Not enough memory on %s; going on with %d layers at a time.", device, size)
+            log.warning("Not enough memory on %s; going on with %s.", device, at_a_time(size))
             gc.collect()
             if torch.device(device).type == "cuda":
                 torch.cuda.empty_cache()
@@ -299,16 +300,16 @@ def default_batch_size(hypernetwork: Hypernetwork, device: torch.device | str) -
     return max(1, tokens // (trunk.rows * trunk.columns))
 
 
-def _fits(
+def _out_of_memory_in(
     batch: Batch,
     hypernetwork: Hypernetwork,
     base: BaseWeights,
     layers: list[TargetLayer],
     places: list[int],
     device: torch.device | str,
-) -> bool:
-    """Do one batch, the layers at these places; False where memory ran out. Here, so that nothing of the
-    failed batch stays alive.
+) -> str:
+    """Do one batch, the layers at these places; the error's words where memory ran out, else none. Here, so
+    that nothing of the failed batch stays alive.
     """
     chosen = [layers[place] for place in places]
     try:
@@ -323,8 +324,8 @@ def _fits(
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        return False
-    return True
+        return str(error).partition("\n")[0] or type(error).__name__
+    return ""
 
 
 def _checked(weight: Tensor, layer: TargetLayer, base: BaseWeights) -> Tensor:

@@ -7,6 +7,7 @@ from comfy_api.latest import io
 
 from ..lofa_core.generators import predict, predict_response
 from ..lofa_core.lora_files import to_state_dict
+from ..lofa_core.memory import at_a_time
 from ..lofa_core.prediction import Prediction, ResponseMaps, check_conditions
 from . import host
 from .sockets import (
@@ -66,7 +67,7 @@ def _prediction(hypernetwork, model, condition: Condition, seed: int) -> tuple[P
 def _memory_note(responses: ResponseMaps) -> str:
     """What to add to a report where memory was short."""
     short = responses.short_of_memory
-    return f"; memory was short, so {short} layers at a time" if short else ""
+    return f", {at_a_time(short)} because memory was short" if short else ""
 
 
 def personalised(

@@ -54,23 +54,28 @@ class Command:
         shutil.copytree(self.before, folder)
         return folder
 
-    def start(self, folder: Path) -> multiprocessing.process.BaseProcess:
+    def start(self, folder: Path, said: Path | None = None) -> multiprocessing.process.BaseProcess:
+        """Start it; what it says goes to `said`, else to a file beside the folder."""
         arguments = [self.part, "--config", str(self.config), f'out="{folder.as_posix()}"']
-        process = self._context.Process(target=run_command, args=(arguments, folder.parent / SAID))
+        process = self._context.Process(target=run_command, args=(arguments, said or folder.parent / SAID))
         process.start()
         return process
+
+    def exit_code(self, folder: Path, said: Path) -> int:
+        """Run it to its end, whatever that is."""
+        process = self.start(folder, said)
+        process.join()
+        return process.exitcode
 
     def to_its_end(self, folder: Path) -> float:
         """Run it undisturbed; the seconds it took."""
         started = time.monotonic()
-        process = self.start(folder)
-        process.join()
-        assert process.exitcode == 0, (folder.parent / SAID).read_text()[-3000:]
+        said = folder.parent / SAID
+        assert self.exit_code(folder, said) == 0, said.read_text()[-3000:]
         return time.monotonic() - started
 
     def killed(self, kills: int, seed: int, check) -> Tried:
         """Kill it `kills` times and let it end each time it can; `check` is given the folder of every end."""
-        self.to_its_end(self.fresh("warm"))  # the first fork waits for the imports
         seconds = self.to_its_end(self.fresh("timed"))
         rng, moments, ends = np.random.default_rng(seed), [], 0
         while len(moments) < kills:

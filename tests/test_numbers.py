@@ -1,4 +1,4 @@
-"""Numbers: what is predicted is finite or refused, the same bytes every time, and close in every dtype."""
+"""Numbers: what is predicted is finite or refused, always the same bytes, and close in every dtype."""
 
 import hashlib
 import math

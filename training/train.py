@@ -103,7 +103,11 @@ def main() -> int:
             else:
                 getattr(run, part.replace("-", "_"))()
     except (ValueError, OSError) as error:
-        console.print(Text("error ", "bold red"), Text(str(error)), soft_wrap=True)
+        said = str(error)
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            # A log or a manifest, which is open already: nothing names the file.
+            said = f"{config.out}: {error.strerror}. What is there is whole: run the same line again."
+        console.print(Text("error ", "bold red"), Text(said), soft_wrap=True)
         return 2
     return 0
 
