@@ -25,10 +25,20 @@ IDENTITY = {
         name: {
             "identity_similarity": at, "diversity": at + 1, "diversity_real": 4.5, "frechet": at + 2,
             "factors_right_mean": at + 0.1, "proportions_r2": at + 0.2,
-            "scenes": {"identity_similarity": at + 0.3, "attributes_right": at + 0.4},
+            "scenes": {
+                "identity_similarity": at + 0.3, "attributes_right": at + 0.4, "diversity": at, "frechet": at,
+            },
         }
-        for name, at in (("base", 0.1), ("LoFA", 0.5))
+        for name, at in (("base", 0.1), ("LoFA", 0.5), ("end to end", 0.2))
     },
+    "scene_guidance": 3.0,
+    "hybrid": [
+        {
+            "method": name, "w_base": 3.0, "w_subject": 4.5, "identity_similarity": at, "diversity": at + 1,
+            "attributes_right": at + 0.2, "frechet": at + 2,
+        }
+        for name, at in (("end to end", 0.3), ("LoFA", 0.6))
+    ],
     "seconds": {"LoFA": 0.25},
 }  # fmt: skip
 
@@ -46,8 +56,17 @@ def test_each_condition_is_compared_with_the_network_for_it_alone():
 
 def test_identity_has_its_seconds_where_they_were_measured():
     table = results.identity_table(IDENTITY)
-    assert table[-1] == "| LoFA | 0.500 | 1.50 | 0.600 | 0.70 | 2.50 | 0.800 | 0.900 | 0.25 |"
-    assert table[-2].startswith("| base | 0.100 |") and table[-2].endswith("| 0.500 |  |")
+    assert table[-2] == "| LoFA | 0.500 | 1.50 | 0.600 | 0.70 | 2.50 | 0.800 | 0.900 | 0.25 |"
+    assert table[-3].startswith("| base | 0.100 |") and table[-3].endswith("| 0.500 |  |")
+
+
+def test_each_guided_lora_stands_under_plain_cfg_first():
+    assert results.hybrid_table(IDENTITY)[2:] == [
+        "| LoFA | CFG 3 | 0.800 | 0.900 | 0.50 | 0.50 |",
+        "| LoFA | HM-CFG, w_base 3, w_subject 4.5 | 0.600 | 0.800 | 1.60 | 2.60 |",
+        "| end to end | CFG 3 | 0.500 | 0.600 | 0.20 | 0.20 |",
+        "| end to end | HM-CFG, w_base 3, w_subject 4.5 | 0.300 | 0.500 | 1.30 | 2.30 |",
+    ]
 
 
 def test_the_page_is_written_from_the_runs_that_are_named(tmp_path, monkeypatch):

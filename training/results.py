@@ -105,6 +105,26 @@ def identity_table(found: dict) -> list[str]:
     return lines
 
 
+def hybrid_table(found: dict) -> list[str]:
+    """Markdown: LoRAs in scenes under plain CFG, and under HM-CFG with several weights."""
+    names = dict.fromkeys(row["method"] for row in found["hybrid"])
+    rows = [(name, f"CFG {found['scene_guidance']:g}", found["rows"][name]["scenes"]) for name in names]
+    rows += [
+        (row["method"], f"HM-CFG, w_base {row['w_base']:g}, w_subject {row['w_subject']:g}", row)
+        for row in found["hybrid"]
+    ]
+    lines = [
+        "| LoRA | guidance | identity similarity | scene right | diversity | Frechet distance |",
+        "|---" * 6 + "|",
+    ]
+    for name, guidance, row in sorted(rows, key=lambda row: list(found["rows"]).index(row[0])):
+        figures = (f"{row['identity_similarity']:.3f}", f"{row['attributes_right']:.3f}")
+        lines.append(
+            f"| {name} | {guidance} | {' | '.join(figures)} | {row['diversity']:.2f} | {row['frechet']:.2f} |"
+        )
+    return lines
+
+
 def sheets(pictures: Path) -> list[str]:
     """Markdown: the before/after sheets that lie there (made by miniature.sheets and faces.identity)."""
     found = [(name, pictures / f"condition_{name}.png") for name in (*KINDS, "text_style", IDENTITY)]
@@ -154,6 +174,12 @@ def document(
             f"place, light), with guidance. Drawn pictures of a person have a diversity of {diversity:.2f}.",
             "",
             *identity_table(found),
+            "",
+            "The same scenes, where HM-CFG guides with the base model beside the LoRA (its paper's",
+            'purpose: the base keeps the composition, the LoRA brings the subject). "End to end" was',
+            "trained as that paper's hypernetwork: from pictures alone, without LoRAs.",
+            "",
+            *hybrid_table(found),
         ]
     if seen := sheets(pictures):
         lines += [

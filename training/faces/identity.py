@@ -2,7 +2,8 @@
 
 `python -m training.faces.identity --config training/configs/faces_identity.toml` writes evaluation.json into
 the run's folder. Every method draws the same people from the same noise: under the coarse prompt alone, and
-in scenes that a prompt asks for, with guidance.
+in scenes that a prompt asks for, with guidance; LoRAs also with HM-CFG. `--end-to-end FILE` judges beside it
+a hypernetwork that was trained as the HM-CFG paper's.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from rich.console import Console
 from torch import Tensor
 
 from lofa_core.checkpoint import load_hypernetwork
+from lofa_core.guidance import HybridGuidance
 from lofa_core.hypernetwork import Hypernetwork
 from lofa_core.whole_files import write_whole
 
@@ -43,6 +45,7 @@ from .vae import decode
 
 SHIPPED = Path(__file__).with_name("lofa_faces_identity.safetensors")
 EACH, SCENE_GUIDANCE = 4, 3.0
+HYBRID = tuple(HybridGuidance(SCENE_GUIDANCE, SCENE_GUIDANCE * part) for part in (0.5, 1.0, 1.5))
 SHOWN = 3  # people of the picture
 _SEED = 31
 
@@ -87,43 +90,57 @@ class Studio:
         return [captions.fine_caption(identity, attributes, rng) for attributes in shown]
 
     @torch.no_grad()
-    def draw(self, method: Method, scenes: bool) -> np.ndarray:
+    def draw(
+        self, method: Method, scenes: bool, guidance: float | HybridGuidance = SCENE_GUIDANCE
+    ) -> np.ndarray:
         """uint8 [people x EACH, 64, 64, 3]; with guidance where scenes are asked for."""
         latents: list[Tensor] = []
         for row in range(len(self.people)):
             prompted = self.base.prompts(self.prompts(row, method.words, scenes))
-            latents.append(self._sampled(method, row, prompted, SCENE_GUIDANCE if scenes else 1.0))
+            latents.append(self._sampled(method, row, prompted, guidance if scenes else 1.0))
         return to_pictures(decode(self.base.vae, torch.cat(latents)))
 
-    def _sampled(self, method: Method, row: int, prompted: Prompted, guidance: float) -> Tensor:
+    def _sampled(
+        self, method: Method, row: int, prompted: Prompted, guidance: float | HybridGuidance
+    ) -> Tensor:
         def run() -> Tensor:
             return sample(self.unet, self.noise[row], prompted, self.base.scheduler, guidance=guidance)
 
         if method.loras is None:
             return run()
-        with injected(self.modules, *by_name(self.groups, method.loras[row : row + 1])):
+        lora = method.loras[row : row + 1]
+        if isinstance(guidance, HybridGuidance):  # the base's two passes first
+            lora = lora.map(lambda factor: torch.cat([torch.zeros_like(factor)] * 2 + [factor]))
+        with injected(self.modules, *by_name(self.groups, lora)):
             return run()
 
     def measure(self, method: Method) -> dict:
         """Figures under the coarse prompt, and under "scenes" those of prompts that ask for one."""
         found = of_people(self.reader, self.draw(method, scenes=False), self.people, EACH)
-        shown = self.draw(method, scenes=True)
+        return found | {"scenes": self.in_scenes(method)}
+
+    def in_scenes(self, method: Method, guidance: float | HybridGuidance = SCENE_GUIDANCE) -> dict:
+        """Figures in scenes that a prompt asks for; "attributes_right": how much of the scene came."""
+        shown = self.draw(method, scenes=True, guidance=guidance)
         wanted = np.array([scene.indices() for scenes in self.scenes for scene in scenes])
         right = self.reader.read(shown).attributes == wanted
-        in_scenes = of_people(self.reader, shown, self.people, EACH)
-        return found | {"scenes": in_scenes | {"attributes_right": float(right.mean())}}
+        return of_people(self.reader, shown, self.people, EACH) | {"attributes_right": float(right.mean())}
 
 
 def methods(
-    hypernetwork: Hypernetwork, data: FolderTasks, known: LoRADataset, wanted: LoRADataset
+    hypernetwork: Hypernetwork,
+    end_to_end: Hypernetwork | None,
+    data: FolderTasks,
+    known: LoRADataset,
+    wanted: LoRADataset,
 ) -> list[Method]:
-    """The rows; the baselines are told the true factors, the hypernetwork sees one picture."""
+    """The rows; the baselines are told the true factors, the hypernetworks see one picture."""
     rng = np.random.default_rng(_SEED)
     told = [data.plain_condition(task, rng) for task in wanted.tasks]
     indices = [
         torch.tensor([person(task.id).indices() for task in dataset.tasks]) for dataset in (known, wanted)
     ]
-    return [
+    found = [
         Method("base", None),
         Method("base, the person in words", None, words=True),
         Method("mean LoRA", mean_lora(known.loras, len(wanted.tasks))),
@@ -132,6 +149,9 @@ def methods(
         Method("LoFA", predicted_factors(hypernetwork, data, told)),
         Method("per-person LoRA", wanted.loras),
     ]
+    if end_to_end is not None:
+        found.insert(-1, Method("end to end", predicted_factors(end_to_end, data, told)))
+    return found
 
 
 def seconds(
@@ -171,9 +191,15 @@ def shown_people(studio: Studio, data: FolderTasks, wanted: LoRADataset, rows: l
 
 
 def evaluate(
-    config: TrainingConfig, hypernetwork: Hypernetwork, console: Console, picture: Path | None = None
+    config: TrainingConfig,
+    hypernetwork: Hypernetwork,
+    console: Console,
+    picture: Path | None = None,
+    end_to_end: Hypernetwork | None = None,
 ) -> dict:
-    """All rows and seconds; `picture`: where to draw some of the people, if anywhere."""
+    """All rows, those that are guided by HM-CFG, and seconds; `picture`: where to draw some of the people, if
+    anywhere; `end_to_end`: a second hypernetwork, trained from pictures alone.
+    """
     folder = Path(config.out)
     data = FolderTasks(config.data, folder, Path(config.base))
     groups = names_by_shape(hypernetwork)
@@ -181,7 +207,7 @@ def evaluate(
     wanted = LoRAFolder(folder / "loras_held_out").load(groups, data.held_out)
     people = [person(task.id) for task in wanted.tasks]
     studio = Studio(Base(Path(config.base)), data.load_denoiser(), people, groups)
-    rows, rows_shown = {}, methods(hypernetwork, data, known, wanted)
+    rows, rows_shown = {}, methods(hypernetwork, end_to_end, data, known, wanted)
     if picture:
         shown_people(studio, data, wanted, rows_shown).save(picture, optimize=True)
         console.print(f"wrote {picture}")
@@ -189,8 +215,20 @@ def evaluate(
         rows[method.name] = studio.measure(method)
         shown = {key: value for key, value in rows[method.name].items() if isinstance(value, float)}
         console.print(method.name, {key: round(value, 3) for key, value in shown.items()})
-    return {"people": len(wanted.tasks), "each": EACH, "rows": rows} | {
-        "seconds": seconds(hypernetwork, data, wanted, config)
+    hybrid = []
+    for method in (
+        method for method in rows_shown if method.name in ("LoFA", "end to end", "per-person LoRA")
+    ):
+        for guidance in HYBRID:
+            weights = {"method": method.name, "w_base": guidance.w_base, "w_subject": guidance.w_subject}
+            hybrid.append(weights | studio.in_scenes(method, guidance))
+    return {
+        "people": len(wanted.tasks),
+        "each": EACH,
+        "rows": rows,
+        "scene_guidance": SCENE_GUIDANCE,
+        "hybrid": hybrid,
+        "seconds": seconds(hypernetwork, data, wanted, config),
     }
 
 
@@ -202,13 +240,17 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--config", type=Path, default=Path("training/configs/faces_identity.toml"))
     parser.add_argument("--hypernetwork", type=Path, help="default: the run's")
+    parser.add_argument("--end-to-end", type=Path, help="a second hypernetwork, judged beside it")
     parser.add_argument("--sheet", type=Path, help="also draw some of the people into this PNG")
     chosen = parser.parse_intermixed_args()
     config = load_config(chosen.config, chosen.overrides)
     folder = Path(config.out)
     torch.set_num_threads(1)
     network = load_hypernetwork(chosen.hypernetwork or folder / "hypernetwork.safetensors")
-    found = {"identity": evaluate(config, network, Console(stderr=True, highlight=False), chosen.sheet)}
+    other = load_hypernetwork(chosen.end_to_end) if chosen.end_to_end else None
+    found = {
+        "identity": evaluate(config, network, Console(stderr=True, highlight=False), chosen.sheet, other)
+    }
     write_whole(folder / "evaluation.json", json.dumps(found, indent=1) + "\n")
 
 

@@ -21,6 +21,8 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from lofa_core.guidance import HybridGuidance, Prediction, guide
+
 from . import world
 from .portraits import to_pictures, to_pixels
 from .vae import CHANNELS, LATENT_SIZE, decode
@@ -176,21 +178,27 @@ def sample(
     prompts: Prompted,
     scheduler: EulerDiscreteScheduler,
     steps: int = 20,
-    guidance: float = 3.0,
+    guidance: float | HybridGuidance = 3.0,
 ) -> Tensor:
-    """Unit noise [B, 4, 16, 16] -> scaled latents, by Euler steps and classifier-free guidance (1: none)."""
+    """Unit noise [B, 4, 16, 16] -> scaled latents, by Euler steps and classifier-free guidance (1: none).
+
+    Under HM-CFG the model's batch is in three equal parts, as `Prediction` has them: LoRAs are to be injected
+    as three tasks, of which the first two are all zeros.
+    """
     scheduler.set_timesteps(steps)
     latents = noise * scheduler.init_noise_sigma
-    guided = guidance != 1.0
-    if guided:  # the empty prompt first
+    hybrid = isinstance(guidance, HybridGuidance)
+    parts = 3 if hybrid else 1 if guidance == 1.0 else 2
+    if parts > 1:  # the empty prompt first
         empty = Prompted(torch.zeros_like(prompts.states), torch.zeros_like(prompts.pooled), prompts.time_ids)
-        pairs = zip(vars(empty).values(), vars(prompts).values(), strict=True)
-        prompts = Prompted(*(torch.cat(pair) for pair in pairs))
-    for step in scheduler.timesteps:
-        shown = scheduler.scale_model_input(torch.cat([latents, latents]) if guided else latents, step)
-        eps = noise_prediction(unet, shown, step, prompts)
-        if guided:
-            without, with_prompt = eps.chunk(2)
-            eps = without + guidance * (with_prompt - without)
+        given = [vars(part).values() for part in (empty, *[prompts] * (parts - 1))]
+        prompts = Prompted(*(torch.cat(same) for same in zip(*given, strict=True)))
+    for done, step in enumerate(scheduler.timesteps):
+        shown = scheduler.scale_model_input(torch.cat([latents] * parts), step)
+        eps, *others = noise_prediction(unet, shown, step, prompts).chunk(parts)
+        if hybrid:
+            eps = guide(dict(zip(Prediction, (eps, *others), strict=True)), *guidance.at(done / steps))
+        elif others:
+            eps = eps + guidance * (others[0] - eps)
         latents = scheduler.step(eps, step, latents, return_dict=False)[0]
     return latents
