@@ -65,6 +65,8 @@ def test_scores_by_hand(judge, monkeypatch):
     found = judge.score(torch.zeros(14, 1))
     assert found["motion"] == pytest.approx(1 / 14)
     assert found["joint"] == pytest.approx(12 / 14) and found["mean_accuracy"] == pytest.approx(25 / 28)
+    assert found["right: half"] == pytest.approx(12 / 14)
+    assert found["right: parity"] == pytest.approx(13 / 14)
     spread = [abs(features[2 * t, f] - features[2 * t + 1, f]) / 2 for t in range(7) for f in range(3)]
     assert found["diversity"] == pytest.approx(sum(spread) / 21)
     assert found["frechet"] == frechet_distance(features, judge.reference)

@@ -91,6 +91,8 @@ def test_a_judge_of_both_reads_both_and_says_how_many_of_each_are_right(monkeypa
     assert (found["joint_action"], found["joint_look"]) == (pytest.approx(9 / 10), pytest.approx(8 / 10))
     assert found["accuracy_action"] == pytest.approx(59 / 60)
     assert found["accuracy_look"] == pytest.approx(28 / 30)
+    wrong = {name: 1 - found[f"right: {name}"] for name in ("limb", "tempo", "trousers", "backdrop")}
+    assert wrong == pytest.approx({"limb": 0.0, "tempo": 0.1, "trousers": 0.1, "backdrop": 0.1})
 
 
 def test_actions_looks_and_both_have_tables_of_their_own(net):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from rich.console import Console
 from tiny import generator
 
 from training import experiments as module
-from training.experiments import Plan, Seed, done, keep, slug
+from training.experiments import Plan, Seed, figures_of, keep, slug
 from training.miniature import world
 from training.miniature.latents import LatentClips
 
@@ -191,10 +192,33 @@ def test_what_is_done_is_not_done_again_unless_it_is_changed(folder, finished):
     assert "LoFA, seed 0" in first and "MLP, seed 1" in second and third == ""
     results = folder / "results"
     described = Plan.load(folder / "plan.toml").described("no features")
-    assert done(results, described, 0) and not done(results, described, 7)
+    assert figures_of(results, described, 0) and not figures_of(results, described, 7)
     changes = ("set", ["stage2.steps=3"]), ("common", ["lora.rank=2"]), ("stage1_of", ""), ("name", "another")
     for key, other in changes:
-        assert described[key] != other and not done(results, described | {key: other}, 0)
+        assert described[key] != other and not figures_of(results, described | {key: other}, 0)
+
+
+def test_judged_again_a_run_has_new_figures_and_keeps_what_its_training_told(folder, finished, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(module.evaluator, "load", lambda: None)
+    monkeypatch.setattr(module, "Judge", FakeJudge)
+    measure = FakeJudge.measure
+    monkeypatch.setattr(FakeJudge, "measure", lambda self, method: measure(self, method) | {"more": 1.0})
+    results = folder / "again"
+    shutil.copytree(folder / "results", results)
+    text = (folder / "plan.toml").read_text().replace("/results", "/again")
+    (folder / "again.toml").write_text(text)
+    described = Plan.load(folder / "again.toml").described("LoFA")
+    before = figures_of(results, described, 0)
+    steps = folder / "runs" / "lofa-0" / "stage2" / "losses.jsonl"
+    trained = steps.read_bytes()
+    arguments = ["experiments", "--config", str(folder / "again.toml"), "--only", "LoFA", "--again"]
+    monkeypatch.setattr("sys.argv", arguments)
+    assert module.main() == 0
+    after = figures_of(results, described, 0)
+    assert after["training_seconds"] == before["training_seconds"]
+    assert after["rows"]["coarse"] == before["rows"]["coarse"] | {"more": 1.0}
+    assert steps.read_bytes() == trained
 
 
 def test_seeds_of_an_experiment_come_together_in_their_order(tmp_path):

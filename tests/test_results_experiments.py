@@ -100,6 +100,17 @@ def test_the_page_has_every_table_that_has_runs_and_the_papers_figures_beside_th
     assert "| LoFA | 0.250 ± 0.000 | 1,234,567 |" in lines
 
 
+def test_factors_stand_one_by_one_of_the_seeds_that_tell(folder):
+    rows = [row(0.1, 8.0), *(row(0.1, 8.0) | {"right: limb": x, "right: lean": x + 0.1} for x in (0.2, 0.4))]
+    seeds = {str(seed): {"machine": "cpu", "rows": {"coarse": one}} for seed, one in enumerate(rows)}
+    (folder / "nearest.json").write_text(json.dumps({"name": "nearest LoRA", "seeds": seeds}))
+    assert results_experiments.factors_table(Experiments(folder)) == [
+        "| | seeds | limb | lean |",
+        "|---|---|---|---|",
+        "| nearest LoRA | 2 | 0.30 ± 0.14 | 0.40 ± 0.14 |",
+    ]
+
+
 def test_bases_that_were_never_seen_stand_beside_the_first(folder):
     bases = {"a_18": row(0.1, 8.0), "a_19": row(0.3, 10.0)}
     for place, (name, joint) in enumerate((("base, styles", 0.0), ("styles, true W", 0.2))):

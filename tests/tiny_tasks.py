@@ -34,6 +34,9 @@ class Act(str):
     def metadata(self):
         return {}
 
+    def factors(self):
+        return "half", "parity"
+
     def indices(self):
         return WORDS.index(self) // 2 % 2, WORDS.index(self) % 2
 

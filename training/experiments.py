@@ -4,6 +4,8 @@
         every experiment of the file with this seed, in its order; what is done stays done
     python -m training.experiments --config ... --only "random constants" "Text-to-LoRA MLP"
         some of them
+    python -m training.experiments --config ... --again
+        judge anew what was trained here, when there is more to measure
 
 Runs lie under the file's `out`, figures under `results`: one JSON an experiment, all its seeds in it, which
 `python -m training.results` turns into tables. Experiments of one seed build on each other's Stage I; several
@@ -261,9 +263,9 @@ def keep(results: Path, described: dict[str, Any], seed: int, found: dict[str, A
     write_whole(path, json.dumps(whole, indent=1) + "\n")
 
 
-def done(results: Path, described: dict[str, Any], seed: int) -> bool:
-    """Whether this seed's figures are there, of the experiment as it is now."""
-    return str(seed) in _kept(results / f"{slug(described['name'])}.json", described)
+def figures_of(results: Path, described: dict[str, Any], seed: int) -> dict[str, Any]:
+    """This seed's figures, of the experiment as it is now; empty where there are none."""
+    return _kept(results / f"{slug(described['name'])}.json", described).get(str(seed), {})
 
 
 def _kept(path: Path, described: dict[str, Any]) -> dict[str, Any]:
@@ -284,6 +286,7 @@ def main() -> int:
     parser.add_argument("--config", type=Path, required=True, help="training/configs/experiments.toml")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these experiments alone")
+    parser.add_argument("--again", action="store_true", help="judge those with figures anew as well")
     chosen = parser.parse_args()
     console = Console(stderr=True, highlight=False)
     try:
@@ -296,9 +299,11 @@ def main() -> int:
             seed = Seed(plan, number, console)
             for name in names:
                 described = plan.described(name)
-                if done(results, described, number):
+                before = figures_of(results, described, number)
+                if before and not chosen.again:
                     continue
-                found = seed.run(name) | {"machine": device_name(torch.device("cpu"))}
+                # What only a training can tell, such as its seconds, stays as it was.
+                found = before | seed.run(name) | {"machine": device_name(torch.device("cpu"))}
                 keep(results, described, number, found)
                 figures = found["rows"].get("coarse") or found["response"]
                 row = {key: round(value, 4) for key, value in figures.items()}

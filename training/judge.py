@@ -30,6 +30,7 @@ from .miniature.latents import decode_clips
 from .miniature.tasks import MiniatureTasks
 from .miniature.vae import WholeClipVAE
 from .miniature.world_tasks import WorldTask
+from .result_tables import FACTOR
 from .validation import flat, mean_delta, mean_map, response_maps
 
 _TIMES = (0.2, 0.4, 0.6, 0.8, 0.95)
@@ -87,7 +88,9 @@ class Judge:
         return np.concatenate(indices, 1), np.concatenate(features, 1)
 
     def measure(self, method: Method) -> dict[str, float]:
-        """Flow-matching loss, joint and mean factor accuracy, Frechet distance, diversity of a method."""
+        """Flow-matching loss, accuracy of the factors (joint, mean and each), Frechet distance, diversity and
+        motion of a method.
+        """
         torch.manual_seed(self.settings.seed)  # the same noise for every method
         loss = self._flow_matching(method)
         noise = torch.randn(len(self.labels), *self.real.latents.shape[1:])
@@ -107,6 +110,8 @@ class Judge:
             "diversity": float(within),
             "motion": motion(clips),
         }
+        shares = zip(self.tasks[0].factors(), right.mean(0).tolist(), strict=True)
+        figures |= {f"{FACTOR}{name}": share for name, share in shares}
         if len(self.readers) == 2:
             actions = len(world.FACTORS)
             figures |= {

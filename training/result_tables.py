@@ -40,6 +40,24 @@ MEASURES: dict[str, tuple[str, int]] = {
     "motion": ("motion", 4),
     "diversity": ("diversity", 2),
 }
+# Whose factors are shown one by one.
+BY_FACTOR = (
+    Line("base", BASE),
+    Line("base, fine prompt", BASE, "fine"),
+    Line("nearest LoRA", "nearest LoRA"),
+    Line("Text-to-LoRA MLP, our losses", "Text-to-LoRA MLP, our losses"),
+    Line("end to end, distillation", "end to end, distillation"),
+    Line("LoRA Diffusion, one draw", "LoRA Diffusion"),
+    Line("without response", "without response"),
+    Line("LoFA", LOFA),
+    Line("LoFA, fine prompt", LOFA, "fine"),
+    Line("LoFA, twice the steps", "LoFA, 1200 steps"),
+    Line("LoFA, twice the steps, fine prompt", "LoFA, 1200 steps", "fine"),
+    Line("per-task LoRA", YARDSTICK),
+    Line("per-task LoRA, fine prompt", YARDSTICK, "fine"),
+    Line("real clips", "real clips"),
+)
+FACTOR = "right: "  # before a factor's name, in a run's figures
 _FVD_DD = ("paper: FVD", "paper: dynamic degree")
 
 TABLES = (

@@ -9,7 +9,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .result_tables import AGAIN, BASE, BUDGETS, LOFA, MEASURES, TABLES, YARDSTICK, Line, Table
+from .result_tables import (
+    AGAIN,
+    BASE,
+    BUDGETS,
+    BY_FACTOR,
+    FACTOR,
+    LOFA,
+    MEASURES,
+    TABLES,
+    YARDSTICK,
+    Line,
+    Table,
+)
 
 Rows = dict[int, dict[str, float]]  # by seed
 
@@ -105,6 +117,24 @@ def table_of(found: Experiments, table: Table) -> list[str]:
 def _from_lofa(line: Line, lofa: Rows, rows: Rows, measure: str, digits: int) -> str:
     own = line.experiment == LOFA and line.prompt == "coarse"
     return "" if own else against(lofa, rows, measure, digits)
+
+
+def factors_table(found: Experiments) -> list[str]:
+    """Markdown: the share of clips that show each factor right, of the seeds that say so."""
+    rows = {line.label: list(found.rows(line).values()) for line in BY_FACTOR}
+    told = {label: told for label, all_ in rows.items() if (told := [row for row in all_ if _factors(row)])}
+    if not told:
+        return []
+    names = _factors(next(iter(told.values()))[0])
+    lines = [f"| | seeds | {' | '.join(names)} |", "|---" * (2 + len(names)) + "|"]
+    for label, seeds in told.items():
+        cells = [mean_and_spread([row[FACTOR + name] for row in seeds], 2) for name in names]
+        lines.append(f"| {label} | {len(seeds)} | {' | '.join(cells)} |")
+    return lines
+
+
+def _factors(row: dict[str, float]) -> list[str]:
+    return [name.removeprefix(FACTOR) for name in row if name.startswith(FACTOR)]
 
 
 def response_table(found: Experiments) -> list[str]:
@@ -272,6 +302,7 @@ def section(folder: Path, pictures: Path) -> list[str]:
         if rows := table_of(found, table):
             lines += ["", f"### {table.title}", "", *([table.words, ""] if table.words else []), *rows]
     for title, rows in (
+        ("Factor by factor", factors_table(found)),
         ("Response maps (section 4.4)", response_table(found)),
         ("LoRAs that Stage I learns from", loras_table(found)),
         ("Bases it never saw: true W and random constants", bases_table(found)),

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .world import BACKDROPS, COLOURS, Action, Look
+from .world import BACKDROPS, COLOURS, FACTORS, Action, Look
 
 LOOK_FACTORS: dict[str, tuple[str, ...]] = {
     "shirt": tuple(COLOURS),
@@ -45,6 +45,12 @@ class WorldTask:
         """From `dataclasses.asdict`."""
         action, look = values["action"], values["look"]
         return cls(action and Action(**action), look and Look(**look))
+
+    def factors(self) -> tuple[str, ...]:
+        """Names of the factors it fixes, in the order of `indices`."""
+        return (() if self.action is None else tuple(FACTORS)) + (
+            () if self.look is None else tuple(LOOK_FACTORS)
+        )
 
     def indices(self) -> tuple[int, ...]:
         """The positions of the values it fixes within their factors: the action's, then the look's."""
