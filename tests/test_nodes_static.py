@@ -88,7 +88,7 @@ def test_a_help_page_names_every_socket_and_widget():
     for node_id, entry in locale.items():
         page = (NODES / f"web/docs/{node_id}.md").read_text(encoding="utf-8")
         said = page.lower().replace("_", " ")
-        names = [*entry.get("inputs", {}), *(output["name"] for output in entry["outputs"].values())]
+        names = [*entry.get("inputs", {}), *(output["name"] for output in entry.get("outputs", {}).values())]
         assert [name for name in names if name.lower().replace("_", " ") not in said] == [], node_id
 
 
