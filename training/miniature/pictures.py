@@ -33,7 +33,8 @@ from . import demo
 
 ROOT = Path(__file__).resolve().parents[2]
 SEED, SHOWN, GAP = 7, (0, 4, 8, 12, 16), 28  # the demo's seed; frames of each clip; pixels between the parts
-THUMBNAIL, MOMENTS = 384, (2, 8, 13)  # pixels a side; the frames of a clip in it
+THUMBNAIL, MOMENTS = 384, (1, 4, 9, 13)  # pixels a side; the frames of a clip in it
+BADGE, GIVEN = 54, 84  # what the browser writes over the upper left corner; the row of what was given
 PAPER, INK, FAINT, NIGHT, LIGHT = "#ffffff", "#1c1c22", "#6b6b75", "#1e1e22", "#e8e8ec"
 # What is written over the graph of a template whose model is not here.
 GRAPHS = {
@@ -116,7 +117,7 @@ def what_it_does() -> Image.Image:
 def _given(workflow: dict) -> Image.Image:
     """What the template's LoRA is predicted from: a sentence, skeletons, a picture."""
     nodes = {node["type"]: node for node in workflow["nodes"]}
-    canvas = Image.new("RGB", (THUMBNAIL, 84), NIGHT)
+    canvas = Image.new("RGB", (THUMBNAIL, GIVEN), NIGHT)
     x = 8
     if "LoFAEncodePose" in nodes:
         document = json.loads(
@@ -143,14 +144,14 @@ def clip_thumbnail(workflow: dict, video: np.ndarray) -> Image.Image:
     """A miniature template's given, and three moments of its clip [T, H, W, 3] (base left, LoRA right)."""
     side, cell = video.shape[1], THUMBNAIL // len(MOMENTS)
     canvas = Image.new("RGB", (THUMBNAIL, THUMBNAIL), NIGHT)
-    canvas.paste(_given(workflow), (0, 0))
-    top = 84
+    canvas.paste(_given(workflow), (0, BADGE))
+    top = BADGE + GIVEN
     for words, left in (("base model", 0), ("with the LoRA", video.shape[2] - side)):
-        write(canvas, (8, top + 1), words, 14, LIGHT)
+        write(canvas, (8, top + 2), words, 15, LIGHT)
         for number, moment in enumerate(MOMENTS):
             frame = Image.fromarray(video[moment, :, left : left + side]).resize((cell - 2, cell - 2))
-            canvas.paste(frame, (number * cell + 1, top + 22))
-        top += 22 + cell
+            canvas.paste(frame, (number * cell + 1, top + 24))
+        top += 24 + cell
     return canvas
 
 
@@ -158,8 +159,8 @@ def graph_thumbnail(graph: Image.Image, title: str, words: str) -> Image.Image:
     """A screenshot of a graph, under what it is for."""
     canvas = Image.new("RGB", (THUMBNAIL, THUMBNAIL), NIGHT)
     shown = graph.resize((THUMBNAIL, THUMBNAIL * graph.height // graph.width), Image.Resampling.LANCZOS)
-    write(canvas, (14, 40), title, 44, LIGHT)
-    write(canvas, (14, 98), words, 22, LIGHT)
+    write(canvas, (14, BADGE), title, 40, LIGHT)
+    write(canvas, (14, BADGE + 48), words, 20, LIGHT)
     canvas.paste(shown, (0, THUMBNAIL - shown.height - 8))
     return canvas
 
@@ -184,7 +185,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT, help="the repository (its docs/ and workflows/)")
     chosen, console = parser.parse_args(), Console(highlight=False)
     target = chosen.out / "docs/what_it_does.png"
-    what_it_does().save(target, optimize=True)
+    # 256 colours, chosen anew where they are: a third of the size.
+    what_it_does().quantize(256, kmeans=2, dither=Image.Dither.NONE).save(target, optimize=True)
     console.print(f"wrote {target}")
     if chosen.screenshots:
         for workflow in sorted((ROOT / "workflows").glob("*.json")):
