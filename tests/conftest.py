@@ -3,6 +3,7 @@ which tests stay together where several processes share them (`make test`).
 """
 
 import os
+from collections import Counter
 
 import pytest
 
@@ -26,6 +27,13 @@ def group(nodeid: str) -> str:
 def pytest_collection_modifyitems(items):
     places = {name: place for place, name in enumerate(FIRST)}
     items.sort(key=lambda item: places.get(group(item.nodeid), len(places)))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """One line for each thing that the tests in tests/comfy need and do not find."""
+    skipped = [x for x in terminalreporter.getreports("skipped") if group(x.nodeid) == COMFY]
+    for reason, tests in Counter(x.longrepr[2].removeprefix("Skipped: ") for x in skipped).items():
+        terminalreporter.write_line(f"{COMFY}: {tests} skipped, {reason}")
 
 
 @pytest.hookimpl(optionalhook=True)  # plain pytest needs no pytest-xdist

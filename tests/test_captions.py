@@ -1,14 +1,17 @@
 """Captions: they say what they should, can be read back, read well, and keep the held-out wordings apart."""
 
 import copy
+import json
 import re
 from dataclasses import astuple
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from lofa_core import miniature
+from lofa_core.conditions.text import check_prompt
 from training.miniature import captions, text_encoder, transformer, world
 from training.miniature.captions import COARSE, PLACES, SWING, WORDINGS, fine_caption, said_factors, says
 from training.miniature.world import BACKDROPS, COLOURS, FACTORS
@@ -243,3 +246,17 @@ def test_the_shipped_encoder_knows_what_reserved_words_mean():
 
     nearest = [min(range(40), key=lambda j, i=i: distance(i, j)) for i in range(40)]
     assert sum(i == j for i, j in enumerate(nearest)) >= 36
+
+
+def test_the_templates_sentences_are_understood_in_all_factors():
+    root = Path(__file__).resolve().parents[1]
+    template = json.loads((root / "workflows/miniature_text_to_video.json").read_text(encoding="utf-8"))
+    notes = [
+        node["widgets_values"][0] for node in template["nodes"] if node.get("title") == "Sentences to try"
+    ]
+    encoded = [node["widgets_values"][0] for node in template["nodes"] if node["type"] == "LoFAEncodeText"]
+    sentences = [*encoded, *re.findall("`(.+)`", notes[0])]
+    assert len(sentences) == 4
+    for sentence in sentences:
+        check_prompt(sentence, captions.known_words())
+        assert set(said_factors(sentence)) == set(FACTORS), sentence

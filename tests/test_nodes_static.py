@@ -4,6 +4,8 @@ import ast
 import json
 from pathlib import Path
 
+from PIL import Image
+
 ROOT = Path(__file__).resolve().parents[1]
 NODES = ROOT / "nodes"
 HOST_FILES = {"host.py", "host_guidance.py"}
@@ -79,6 +81,37 @@ def test_every_node_has_a_help_page_and_an_entry_in_the_locale():
     pages = {path.stem for path in (NODES / "web/docs").glob("*.md")}
     locale = json.loads((ROOT / "locales/en/nodeDefs.json").read_text(encoding="utf-8"))
     assert pages == set(locale) == set(schema_calls())
+
+
+def test_a_help_page_names_every_socket_and_widget():
+    locale = json.loads((ROOT / "locales/en/nodeDefs.json").read_text(encoding="utf-8"))
+    for node_id, entry in locale.items():
+        page = (NODES / f"web/docs/{node_id}.md").read_text(encoding="utf-8")
+        said = page.lower().replace("_", " ")
+        names = [*entry.get("inputs", {}), *(output["name"] for output in entry.get("outputs", {}).values())]
+        assert [name for name in names if name.lower().replace("_", " ") not in said] == [], node_id
+
+
+def test_every_template_has_a_small_square_picture():
+    pictures = sorted((ROOT / "workflows").glob("*.jpg"))
+    assert [path.stem for path in pictures] == [path.stem for path in WORKFLOWS]
+    for path in pictures:
+        with Image.open(path) as picture:
+            assert picture.format == "JPEG" and picture.width == picture.height >= 256, path.name
+        assert path.stat().st_size < 60_000, path.name
+
+
+def test_a_template_that_loads_models_offers_them_for_download():
+    """All but the hypernetworks that nobody has published; the note says where those come from."""
+    loaders = {"UNETLoader", "CLIPLoader", "VAELoader", "CheckpointLoaderSimple", "CLIPVisionLoader"}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for path in WORKFLOWS:
+        for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]:
+            offered = node["properties"].get("models", [])
+            if node["type"] in loaders:
+                assert [model["name"] for model in offered] == node["widgets_values"][:1], path.name
+            for model in offered:
+                assert f"`{model['name']}`" in readme and f"`models/{model['directory']}`" in readme, model
 
 
 def test_workflows_are_whole():

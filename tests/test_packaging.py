@@ -36,6 +36,14 @@ def test_the_miniature_travels_and_the_archive_stays_small(tracked):
     assert sum((ROOT / file).stat().st_size for file in packed) < 25e6
 
 
+def test_every_template_travels_with_its_picture(tracked):
+    templates = {file for file in tracked if file.parts[0] == "workflows"}
+    names = {
+        suffix: {file.stem for file in templates if file.suffix == suffix} for suffix in (".json", ".jpg")
+    }
+    assert names[".json"] == names[".jpg"] != set()
+
+
 def test_the_registry_is_told_what_it_asks_for():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     comfy = project["tool"]["comfy"]

@@ -12,12 +12,16 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
+import cv2
 import pytest
 import torch
-from page import find_chromium, opened
+from page import CHROMIUM, find_chromium, opened
+from PIL import Image
 from test_released import SMALL, published_files, released
 from tiny import CONFIG, network
 
@@ -30,19 +34,30 @@ from lofa_core.lora_diffusion import LoRADiffusion, LoRADiffusionConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS, RUN_SECONDS = 300, 300
-WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+MENU = "COMFY_DYNAMICCOMBO_V3"
+WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", MENU}
 WAN = "wan2.1_t2v_1.3B_fp16.safetensors"
 MINIATURE_V0 = replace(SMALL, grid=(4, 4), width=24, feature_blocks=(0, 2))
 PAGE_ONLY = {"Note", "MarkdownNote"}  # nodes that live in the page and are never sent to the server
 
 
 def pytest_collection_modifyitems(items):
-    missing = find_installation() is None
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.comfy)
-            if missing:
-                item.add_marker(pytest.mark.skip("no ComfyUI here; set COMFYUI_PATH (and COMFYUI_PYTHON)"))
+            if reason := lacking(item.fixturenames):
+                item.add_marker(pytest.mark.skip(reason))
+
+
+def lacking(fixtures: Collection[str]) -> str | None:
+    """In one line what a test with these fixtures needs and this machine has not got; nothing is started."""
+    if find_installation() is None:
+        return "no ComfyUI here; set COMFYUI_PATH (and COMFYUI_PYTHON)"
+    if "page" in fixtures and find_spec("playwright") is None:
+        return "no playwright here, which opens the page: pip install playwright"
+    if "page" in fixtures and find_chromium() is None:
+        return f"no Chromium here to open the page in; one of {', '.join(CHROMIUM)} has to be on the PATH"
+    return None
 
 
 @dataclass(frozen=True)
@@ -128,6 +143,16 @@ class Server:
         """The file behind one entry of a node's images."""
         return self.data / shown["type"] / shown["subfolder"] / shown["filename"]
 
+    def frames(self, shown: dict) -> list[Image.Image]:
+        """The pictures of one entry: a picture, or every frame of a video."""
+        file = self.file(shown)
+        if file.suffix == ".png":
+            return [Image.open(file).convert("RGB")]
+        video, found = cv2.VideoCapture(str(file)), []
+        while (read := video.read())[0]:
+            found.append(Image.fromarray(read[1][:, :, ::-1]))
+        return found
+
     def api_form(self, workflow: dict) -> dict:
         """What the page sends when this saved workflow is queued."""
         nodes = self.json("/object_info")
@@ -144,16 +169,21 @@ class Server:
 
 def _widget_values(info: dict, values: list) -> dict:
     """A node's saved widget values by input name (a seed is followed by its control-after-generate value)."""
-    remaining = iter(values)
+    return _taken(info["input"], iter(values))
+
+
+def _taken(inputs: dict, remaining: Iterator, prefix: str = "") -> dict:
     named = {}
-    inputs = {**info["input"].get("required", {}), **info["input"].get("optional", {})}
-    for name, (kind, *options) in inputs.items():
+    for name, (kind, *options) in {**inputs.get("required", {}), **inputs.get("optional", {})}.items():
         options = options[0] if options else {}
         if options.get("forceInput") or not (isinstance(kind, list) or kind in WIDGET_TYPES):
             continue
-        named[name] = next(remaining)
+        named[prefix + name] = value = next(remaining)
         if options.get("control_after_generate") or name in ("seed", "noise_seed"):
             next(remaining)
+        if kind == MENU:  # what was chosen brings inputs of its own
+            (chosen,) = (option for option in options["options"] if option["key"] == value)
+            named |= _taken(chosen["inputs"], remaining, f"{prefix}{name}.")
     return named
 
 
@@ -216,13 +246,12 @@ def server(installation, tmp_path_factory):
 @pytest.fixture(scope="session")
 def page(server):
     """The server's page, open in a browser; its screenshots go to out/screenshots."""
-    driver = pytest.importorskip("playwright.sync_api", reason="no playwright here: pip install playwright")
-    chromium = find_chromium()
-    if chromium is None:
-        pytest.skip("no Chromium here, on which the page would be opened")
+    from playwright.sync_api import sync_playwright
+
     server.post("/settings/Comfy.TutorialCompleted", True)  # no greeting for the first visit
-    with driver.sync_playwright() as playwright:
-        with opened(playwright, chromium, server.url, ROOT / "out/screenshots") as page:
+    server.post("/settings/Comfy.Minimap.Visible", False)  # it lies over the nodes
+    with sync_playwright() as playwright:
+        with opened(playwright, find_chromium(), server.url, ROOT / "out/screenshots") as page:
             yield page
 
 

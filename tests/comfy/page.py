@@ -15,6 +15,7 @@ FLAGS = (
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 
 # What the page made of the workflow that is open. Two nodes overlap where their boxes, titles included, do.
+# Where letters would be too small, the page leaves all text away.
 _GRAPH = """() => {
     const graph = app.graph, links = [...graph.links.values()], boxes = graph.nodes.map(n => n.boundingRect);
     const wrong = links.filter(link => {
@@ -31,9 +32,21 @@ _GRAPH = """() => {
         unknown: graph.nodes.filter(n => !(n.type in LiteGraph.registered_node_types)).map(n => n.type),
         in_error: graph.nodes.filter(n => n.has_errors).map(n => n.type),
         wrong_links: wrong.map(link => link.id),
+        unreadable: LiteGraph.NODE_TEXT_SIZE * app.canvas.ds.scale < app.canvas.min_font_size_for_lod,
         overlapping: graph.nodes.flatMap((node, i) => graph.nodes.slice(i + 1)
             .filter((_, j) => !apart(boxes[i], boxes[i + 1 + j])).map(other => [node.title, other.title])),
     };
+}"""
+
+# Where the groups lie on the screen: left, top, width, height.
+_BOX = """() => {
+    const { scale, offset } = app.canvas.ds, place = app.canvas.canvas.getBoundingClientRect();
+    const edges = app.graph.groups.map(({ pos: [x, y], size: [w, h] }) => [x, y, x + w, y + h]);
+    const edge = (number, extreme) => extreme(...edges.map(box => box[number]));
+    const [left, top, right, bottom] = [edge(0, Math.min), edge(1, Math.min), edge(2, Math.max),
+        edge(3, Math.max)];
+    return [place.x + (left + offset[0]) * scale, place.y + (top + offset[1]) * scale,
+        (right - left) * scale, (bottom - top) * scale];
 }"""
 
 _QUEUE = """() => new Promise(resolve => {
@@ -118,8 +131,6 @@ class Page:
         kind, detail = self.tab.evaluate(_QUEUE)
         self.tab.set_default_timeout(SOON_MS)
         assert kind == "execution_success", (kind, detail.get("exception_message", detail))
-        for x in range(300, 600, 60):  # the page puts a moving preview on its node once the mouse moves
-            self.tab.mouse.move(x, 850)
         self.tab.wait_for_timeout(500)
         return self.tab.evaluate("() => app.nodeOutputs")
 
@@ -127,6 +138,12 @@ class Page:
         self.pictures.mkdir(parents=True, exist_ok=True)
         path = self.pictures / f"{name}.png"
         self.tab.screenshot(path=path)
+        return path
+
+    def picture_of_graph(self, name: str) -> Path:
+        """The open workflow's nodes and groups alone."""
+        path, box = self.pictures / f"{name}_graph.png", self.tab.evaluate(_BOX)
+        self.tab.screenshot(path=path, clip=dict(zip(("x", "y", "width", "height"), box, strict=True)))
         return path
 
 

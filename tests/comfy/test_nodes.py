@@ -143,12 +143,10 @@ def test_shipped_workflow_runs_and_shows_a_difference(server):
     by_class = {node["class_type"]: name for name, node in prompt.items()}
     outputs = server.succeed(prompt)
 
-    clip = Image.open(server.file(outputs[by_class["SaveAnimatedWEBP"]]["images"][0]))
-    assert clip.n_frames == 17 and clip.width > 2 * 256 - 1 and clip.height == 256
-    clip.seek(8)
-    frame = clip.convert("RGB")
-    base = frame.crop((0, 0, 256, 256))
-    personalised = frame.crop((clip.width - 256, 0, clip.width, 256))
+    clip = server.frames(outputs[by_class["SaveVideo"]]["images"][0])
+    assert [frame.size for frame in clip] == [(2 * 512 + 16, 512)] * 17
+    base = clip[8].crop((0, 0, 512, 512))
+    personalised = clip[8].crop((512 + 16, 0, 2 * 512 + 16, 512))
     assert base.tobytes() != personalised.tobytes()
 
     heatmap = Image.open(server.file(outputs[by_class["LoFAResponseHeatmap"]]["images"][0]))

@@ -8,7 +8,6 @@ import cv2
 import pytest
 from conftest import described
 from page import SOON_MS
-from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from small_videos import square, write_picture
@@ -67,17 +66,6 @@ def files(installation, server, page):
         (models / f"lofa/{name}.safetensors").unlink()
 
 
-def frames(server, shown: dict) -> list[Image.Image]:
-    """The first and the last picture of what a node saved."""
-    file = server.file(shown)
-    if file.suffix == ".png":
-        return [Image.open(file).convert("RGB")]
-    video, found = cv2.VideoCapture(str(file)), []
-    while (read := video.read())[0]:
-        found.append(Image.fromarray(read[1][:, :, ::-1]))
-    return [found[0], found[-1]]
-
-
 @pytest.mark.parametrize(("name", "layers", "said"), CASES)
 def test_a_workflow_runs_to_its_end(server, page, files, name, layers, said):
     workflow = json.loads((ROOT / f"workflows/{name}.json").read_text(encoding="utf-8"))
@@ -89,7 +77,8 @@ def test_a_workflow_runs_to_its_end(server, page, files, name, layers, said):
     page.tab.wait_for_timeout(SOON_MS // 20)
     page.screenshot(f"{name}_ran")
     by_kind = {node["type"]: outputs.get(str(node["id"])) for node in workflow["nodes"]}
-    for picture in frames(server, (by_kind.get("SaveVideo") or by_kind["SaveImage"])["images"][0]):
+    pictures = server.frames((by_kind.get("SaveVideo") or by_kind["SaveImage"])["images"][0])
+    for picture in (pictures[0], pictures[-1]):
         left, right = picture.crop((0, 0, 64, 64)), picture.crop((picture.width - 64, 0, picture.width, 64))
         assert picture.width == 2 * 64 + 8
         assert len(left.getcolors(1 << 16)) > 50 and left.tobytes() != right.tobytes()
