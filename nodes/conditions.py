@@ -47,7 +47,7 @@ class EncodeText(io.ComfyNode):
 
     @classmethod
     def execute(cls, hypernetwork, clip, text) -> io.NodeOutput:
-        return io.NodeOutput(text_condition(hypernetwork, clip, text))
+        return io.NodeOutput(text_condition(hypernetwork.model, clip, text))
 
 
 class TextCondition(io.ComfyNode):
@@ -77,7 +77,7 @@ class TextCondition(io.ComfyNode):
     @classmethod
     def execute(cls, hypernetwork, conditioning) -> io.NodeOutput:
         states = host.text_states(conditioning)
-        return io.NodeOutput(_tokens(hypernetwork, "text", states, "CONDITIONING", ""))
+        return io.NodeOutput(_tokens(hypernetwork.model, "text", states, "CONDITIONING", ""))
 
 
 class EncodePose(io.ComfyNode):
@@ -113,7 +113,7 @@ class EncodePose(io.ComfyNode):
 
     @classmethod
     def execute(cls, hypernetwork, keypoints=None, skeletons=None) -> io.NodeOutput:
-        condition = pose_condition(hypernetwork, keypoints, skeletons)
+        condition = pose_condition(hypernetwork.model, keypoints, skeletons)
         shown = condition.given["pose"].values[0].permute(1, 2, 3, 0)  # [T, H, W, 3]
         return io.NodeOutput(condition, shown)
 
@@ -132,7 +132,7 @@ class EncodeStyle(io.ComfyNode):
 
     @classmethod
     def execute(cls, hypernetwork, clip_vision_output) -> io.NodeOutput:
-        return io.NodeOutput(picture_condition(hypernetwork, "style", clip_vision_output))
+        return io.NodeOutput(picture_condition(hypernetwork.model, "style", clip_vision_output))
 
 
 class EncodeIdentity(io.ComfyNode):
@@ -150,7 +150,7 @@ class EncodeIdentity(io.ComfyNode):
 
     @classmethod
     def execute(cls, hypernetwork, clip_vision_output) -> io.NodeOutput:
-        return io.NodeOutput(picture_condition(hypernetwork, "identity", clip_vision_output))
+        return io.NodeOutput(picture_condition(hypernetwork.model, "identity", clip_vision_output))
 
 
 class CombineConditions(io.ComfyNode):

@@ -67,7 +67,7 @@ class Personalize(io.ComfyNode):
         node_id, kept = cls.hidden.unique_id, _kept.setdefault(hypernetwork, {})
         parts = (text, clip, keypoints, clip_vision_output)
         if node_id not in kept or not _are(parts, kept[node_id][0]):
-            made = _condition(hypernetwork, *parts)
+            made = _condition(hypernetwork.model, *parts)
             kept[node_id] = [_reference(part) for part in parts], made
         condition = kept[node_id][1]
         return io.NodeOutput(*personalised(hypernetwork, model, condition, strength, seed, node_id))

@@ -54,14 +54,9 @@ class ResponseHeatmap(io.ComfyNode):
     @classmethod
     def execute(cls, response, cell, second=None) -> io.NodeOutput:
         sides = (math.isqrt(PIXELS // max(1, len(response))), LARGEST_MAP)
-        layers = views(
-            response,
-            second,
-            small=cell,
-            large=min(sides),
-            watch=host.watch(),
-        )
-        image = _image(render(_maps(layers, "small"), cell=cell))
+        watch = host.watch()
+        layers = views(response, second, small=cell, large=min(sides), watch=watch)
+        image = _image(render(_maps(layers, "small"), cell=cell, watch=watch))
         preview = ui.PreviewImage(_image(overview(_maps(layers, "large"))), cls=cls).as_dict()
         return io.NodeOutput(image, ui=preview | _for_the_page(layers))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 NODES = ROOT / "nodes"
-HOST_FILES = {"host.py", "host_guidance.py"}
+HOST_FILES = {"host.py", "host_guidance.py", "host_miniature.py"}
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 
 
