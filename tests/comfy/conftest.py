@@ -12,6 +12,8 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -77,6 +79,7 @@ class Server:
 
     url: str
     data: Path
+    pid: int = 0
 
     def get(self, path: str) -> bytes:
         with urllib.request.urlopen(self.url + path, timeout=30) as answer:
@@ -174,8 +177,16 @@ def installation() -> Installation:
 @pytest.fixture(scope="session")
 def server(installation, tmp_path_factory):
     data = tmp_path_factory.mktemp("comfyui")
+    furnish(data)
+    with started(installation, data) as running:
+        yield running
+
+
+def furnish(data: Path) -> None:
+    """What the tests' workflows load, in a base directory."""
     _link(ROOT, data / "custom_nodes/lofa")
-    _link(Path(__file__).with_name("small_sizes.py"), data / "custom_nodes")
+    for own in ("small_sizes.py", "probe_nodes.py"):
+        _link(Path(__file__).with_name(own), data / "custom_nodes")
     _link(miniature.DIFFUSION_MODEL, data / "models/diffusion_models")
     _link(miniature.VAE, data / "models/vae")
     # Under the names in workflows/wan_text_action.json: the miniature for WAN, random stages for LoFA_v0.
@@ -185,6 +196,11 @@ def server(installation, tmp_path_factory):
     save_hypernetwork(network_of_all_kinds(), data / "models/lofa/all_kinds.safetensors")
     save_lora_diffusion(lora_diffusion(), data / "models/lofa/lora_diffusion.safetensors")
     published_files(data / "models/lofa", released(MINIATURE_V0, depths=4, shape=(96, 96), words=64))
+
+
+@contextmanager
+def started(installation: Installation, data: Path) -> Iterator[Server]:
+    """ComfyUI over a base directory; ended with the context."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -201,7 +217,7 @@ def server(installation, tmp_path_factory):
             env=installation.environment(),
         )
     try:
-        running = Server(f"http://127.0.0.1:{port}", data)
+        running = Server(f"http://127.0.0.1:{port}", data, process.pid)
         _wait_until_up(running, process, log)
         yield running
     finally:

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 SECONDS = 300
-TEXT_FRAME = 1
+TEXT_FRAME, BINARY_FRAME = 1, 2
+PROGRESS_TEXT = 3  # the kind of a binary message
 
 
 @dataclass
@@ -22,7 +23,9 @@ class Run:
     ran: list[str] = field(default_factory=list)
     cached: set[str] = field(default_factory=set)
     outputs: dict[str, dict] = field(default_factory=dict)
+    progress: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # (value, max) by node
     ended: str = ""
+    ended_at: str = ""  # the node that failed or was interrupted
 
 
 class Listener:
@@ -48,7 +51,9 @@ class Listener:
         self._connection.close()
 
     def messages(self) -> Iterator[tuple[str, dict]]:
-        """What the server says, as it says it; previews and pings are left out."""
+        """What the server says, as it says it, lines below a node as ("progress_text", {node, text});
+        previews and pings are left out.
+        """
         while True:
             kind, length = self._stream.read(2)  # a server masks nothing
             if length >= 126:
@@ -57,6 +62,9 @@ class Listener:
             if kind & 0x0F == TEXT_FRAME:
                 message = json.loads(payload)
                 yield message["type"], message["data"]
+            elif kind & 0x0F == BINARY_FRAME and int.from_bytes(payload[:4]) == PROGRESS_TEXT:
+                end = 8 + int.from_bytes(payload[4:8])
+                yield "progress_text", {"node": payload[8:end].decode(), "text": payload[end:].decode()}
 
     def post(self, path: str, body: dict) -> bytes:
         request = urllib.request.Request(
@@ -86,8 +94,10 @@ class Listener:
                 run.ran.append(data["node"])
             elif kind == "executed":
                 run.outputs[data["node"]] = data["output"]
+            elif kind == "progress":
+                run.progress.setdefault(data["node"], []).append((data["value"], data["max"]))
             elif kind in ("execution_success", "execution_error", "execution_interrupted"):
-                run.ended = kind.removeprefix("execution_")
+                run.ended, run.ended_at = kind.removeprefix("execution_"), data.get("node_id", "")
         raise ConnectionError("ComfyUI hung up")
 
 
