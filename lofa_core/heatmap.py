@@ -130,12 +130,13 @@ def render(
     return canvas
 
 
-def overview(responses: Mapping[str, Tensor]) -> np.ndarray:
+def overview(responses: Mapping[str, Tensor], watch: Watch = UNWATCHED) -> np.ndarray:
     """`render` small enough to be read on a node: low maps where there are many depths, large letters."""
     places = [place(name) for name in responses]
     depths, kinds = (len(set(part)) for part in zip(*places, strict=True))
     cell = max(16, _OVERVIEW_WIDTH // kinds)
-    return render(responses, cell=cell, height=min(cell, max(5, _OVERVIEW_HEIGHT // depths)), scale=2)
+    height = min(cell, max(5, _OVERVIEW_HEIGHT // depths))
+    return render(responses, cell=cell, height=height, scale=2, watch=watch)
 
 
 def place(name: str) -> tuple[int, str]:

@@ -206,10 +206,11 @@ def write_safetensors(
                 file.write(piece.numpy().data)
 
 
-def read_safetensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_safetensors(path: Path | str, watch: Watch = UNWATCHED) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, metadata) of a safetensors file. FileNotFoundError, or ValueError naming a damaged file."""
     with open_safetensors(Path(path)) as handle:
-        return {key: handle.get_tensor(key) for key in handle.keys()}, handle.metadata() or {}
+        keys = list(handle.keys())
+        return {key: handle.get_tensor(key) for key in watch.each(keys, len(keys))}, handle.metadata() or {}
 
 
 def each_tensor(path: Path | str) -> Iterator[tuple[str, Tensor]]:

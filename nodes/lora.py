@@ -162,7 +162,7 @@ class ResponseFromLoRA(io.ComfyNode):
     @classmethod
     def execute(cls, model, lora_name, threshold) -> io.NodeOutput:
         path = host.lora_file(lora_name)
-        state, metadata = read_safetensors(path)
+        state, metadata = read_safetensors(path, host.watch())
         try:
             lora, others = of_target_layers(state, metadata)
             responses = LoRAResponses(host.base_weights(model), lora, threshold / 100.0)

@@ -34,6 +34,7 @@ class Listener:
     def __init__(self, url: str):
         address = urlsplit(url)
         self.url, self.client = url, uuid.uuid4().hex
+        self.texts: dict[str, list[str]] = {}  # what was said below each node
         self._connection = socket.create_connection((address.hostname, address.port), timeout=SECONDS)
         key = base64.b64encode(os.urandom(16)).decode()
         lines = [
@@ -64,7 +65,9 @@ class Listener:
                 yield message["type"], message["data"]
             elif kind & 0x0F == BINARY_FRAME and int.from_bytes(payload[:4]) == PROGRESS_TEXT:
                 end = 8 + int.from_bytes(payload[4:8])
-                yield "progress_text", {"node": payload[8:end].decode(), "text": payload[end:].decode()}
+                node, text = payload[8:end].decode(), payload[end:].decode()
+                self.texts.setdefault(node, []).append(text)
+                yield "progress_text", {"node": node, "text": text}
 
     def post(self, path: str, body: dict) -> bytes:
         request = urllib.request.Request(

@@ -28,20 +28,20 @@ class WeightsHash:
 
 
 class FailInPass:
-    """A MODEL whose sampling raises an error in its third pass."""
+    """A MODEL whose sampling raises an error in a pass of this number."""
 
     CATEGORY, FUNCTION, RETURN_TYPES = "tests", "patch", ("MODEL",)
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {"model": ("MODEL",)}}
+        return {"required": {"model": ("MODEL",), "number": ("INT",)}}
 
-    def patch(self, model):
+    def patch(self, model, number):
         passes = []
 
         def apply(model_apply, arguments):
             passes.append(True)
-            if len(passes) == 3:
+            if len(passes) == number:
                 raise RuntimeError("this pass fails on purpose")
             return model_apply(arguments["input"], arguments["timestep"], **arguments["c"])
 

@@ -89,7 +89,7 @@ def test_after_sampling_with_the_lora_hooked_in(server, base):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_after_an_interrupt_in_the_middle(server, base, way):
-    before, same = base
+    _, same = base
     undisturbed = changed(server, way)
     with listening(server.url) as listener:
         prompt_id = listener.queue(way(STEPS) | weights(["24", 0]))
@@ -104,16 +104,15 @@ def test_after_an_interrupt_in_the_middle(server, base, way):
     assert same() and changed(server, way) == undisturbed
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_after_an_error_in_the_middle(server, base, way):
-    before, same = base
+@pytest.mark.parametrize(("way", "number"), [(patched, 3), (bypassed, 3), (bypassed, 4)])
+def test_after_an_error_in_the_middle(server, base, way, number):
+    """Of two passes one after the other, HM-CFG has the LoRA hooked in during one."""
+    _, same = base
     undisturbed = changed(server, way)
     prompt = way(STEPS)
-    prompt["91"] = {"class_type": "TestFailInPass", "inputs": {"model": ["4", 1]}}
-    if way is patched:
-        prompt["23"]["inputs"]["model"] = ["91", 0]
-    else:  # the LoRA is hooked in for the third pass of a step
-        prompt["91"]["inputs"]["model"], prompt["6"]["inputs"]["model"] = ["1", 0], ["91", 0]
+    sampler, model = ("23", ["4", 1]) if way is patched else ("6", ["1", 0])
+    prompt["91"] = {"class_type": "TestFailInPass", "inputs": {"model": model, "number": number}}
+    prompt[sampler]["inputs"]["model"] = ["91", 0]
     assert "fails on purpose" in server.fail(prompt)
     assert same() and changed(server, way) == undisturbed
 
