@@ -22,9 +22,7 @@ _SMALL, _OVERSAMPLING = 256, 4  # smaller pictures are drawn larger: dots of les
 _FAINTEST = 0.05  # fainter guesses are not drawn, as in OpenPose's own pictures
 
 
-def draw_pose(
-    frames: Sequence[PoseFrame], height: int, width: int, watch: Watch = UNWATCHED
-) -> np.ndarray:
+def draw_pose(frames: Sequence[PoseFrame], height: int, width: int, watch: Watch = UNWATCHED) -> np.ndarray:
     """Draw skeletons on black: uint8 [T, height, width, 3] (RGB).
 
     Each frame's canvas is fitted into the picture whole, its shape kept, and centred. Lines are as wide as

@@ -199,12 +199,12 @@ def furnish(data: Path) -> None:
 
 
 @contextmanager
-def started(installation: Installation, data: Path) -> Iterator[Server]:
-    """ComfyUI over a base directory; ended with the context."""
+def started(installation: Installation, data: Path, placement: str = "--cpu") -> Iterator[Server]:
+    """ComfyUI over a base directory, told where to place models; ended with the context."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [installation.python, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", port]
+    command = [installation.python, "main.py", placement, "--listen", "127.0.0.1", "--port", port]
     command += ["--base-directory", data, "--database-url", "sqlite:///:memory:"]
     command += ["--disable-api-nodes", "--disable-auto-launch"]
     log = data / "server.log"

@@ -27,6 +27,18 @@ class Run:
     ended: str = ""
     ended_at: str = ""  # the node that failed or was interrupted
 
+    def hear(self, kind: str, data: dict) -> None:
+        if kind == "execution_cached":
+            self.cached = set(data["nodes"])
+        elif kind == "executing":
+            self.ran.append(data["node"])
+        elif kind == "executed":
+            self.outputs[data["node"]] = data["output"]
+        elif kind == "progress":
+            self.progress.setdefault(data["node"], []).append((data["value"], data["max"]))
+        elif kind in ("execution_success", "execution_error", "execution_interrupted"):
+            self.ended, self.ended_at = kind.removeprefix("execution_"), data.get("node_id", "")
+
 
 class Listener:
     """Queues workflows and hears about them. Every message is (type, data)."""
@@ -89,18 +101,9 @@ class Listener:
         for kind, data in self.messages():
             if data.get("prompt_id") != prompt_id:
                 continue
-            if kind == "execution_cached":
-                run.cached = set(data["nodes"])
-            elif kind == "executing" and data["node"] is None:
+            if kind == "executing" and data["node"] is None:
                 return run
-            elif kind == "executing":
-                run.ran.append(data["node"])
-            elif kind == "executed":
-                run.outputs[data["node"]] = data["output"]
-            elif kind == "progress":
-                run.progress.setdefault(data["node"], []).append((data["value"], data["max"]))
-            elif kind in ("execution_success", "execution_error", "execution_interrupted"):
-                run.ended, run.ended_at = kind.removeprefix("execution_"), data.get("node_id", "")
+            run.hear(kind, data)
         raise ConnectionError("ComfyUI hung up")
 
 

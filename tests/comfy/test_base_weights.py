@@ -13,8 +13,8 @@ STEPS = 40  # of what is interrupted or fails: seconds
 
 def weights(after: list | None = None) -> dict:
     """A node that tells the hash of the weights of node 1 and how many layers have a bypass."""
-    inputs = {"model": ["1", 0]} | ({"after": after} if after else {})
-    return {"90": {"class_type": "TestWeightsHash", "inputs": inputs}}
+    inputs = {"value": ["1", 0]} | ({"after": after} if after else {})
+    return {"90": {"class_type": "TestDigest", "inputs": inputs}}
 
 
 def hybrid(strength: float = 1.0, base_weight: float = 4.0) -> dict:
