@@ -175,10 +175,20 @@ def installation() -> Installation:
 
 
 @pytest.fixture(scope="session")
-def server(installation, tmp_path_factory):
-    data = tmp_path_factory.mktemp("comfyui")
-    furnish(data)
-    with started(installation, data) as running:
+def comfyui(installation):
+    """Starts a ComfyUI over an empty folder, told where to place models; it ends with the context."""
+
+    def furnished(data: Path, placement: str = "--cpu"):
+        furnish(data)
+        return started(installation, data, placement)
+
+    return furnished
+
+
+@pytest.fixture(scope="session")
+def server(comfyui, tmp_path_factory):
+    """One for all tests that need none of their own."""
+    with comfyui(tmp_path_factory.mktemp("comfyui")) as running:
         yield running
 
 
@@ -199,8 +209,8 @@ def furnish(data: Path) -> None:
 
 
 @contextmanager
-def started(installation: Installation, data: Path, placement: str = "--cpu") -> Iterator[Server]:
-    """ComfyUI over a base directory, told where to place models; ended with the context."""
+def started(installation: Installation, data: Path, placement: str) -> Iterator[Server]:
+    """ComfyUI over a base directory; ended with the context."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

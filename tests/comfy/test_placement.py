@@ -5,7 +5,6 @@ result stays the same.
 import time
 
 import pytest
-from conftest import furnish, started
 from listening import listening
 from test_nodes import predict_lora
 
@@ -66,14 +65,12 @@ def test_after_unloading_and_freeing_the_next_prompt_gives_the_same_bytes(server
 
 
 @pytest.mark.slow
-def test_every_placement_option_gives_the_same_bytes(installation, server, tmp_path):
+def test_every_placement_option_gives_the_same_bytes(comfyui, server, tmp_path):
     """Without a GPU ComfyUI takes --lowvram and --novram, and computes on the processor."""
     with listening(server.url) as listener:
         wanted, _ = digests(listener)
     for option in ("--lowvram", "--novram"):
-        data = tmp_path / option.strip("-")
-        furnish(data)
-        with started(installation, data, option) as other, listening(other.url) as listener:
+        with comfyui(tmp_path / option, option) as other, listening(other.url) as listener:
             assert digests(listener)[0] == wanted
             free(listener, unload_models=True, free_memory=True)
             assert digests(listener)[0] == wanted
