@@ -35,6 +35,7 @@ def write(models: Path) -> list[Path]:
         "loras/fits.safetensors": lora(layers=8 * BLOCKS, rank=16),
     }
     for name, (tensors, metadata) in made.items():
+        (models / name).parent.mkdir(parents=True, exist_ok=True)
         write_safetensors(tensors, models / name, metadata)
     layers = tuple(
         LayerDescription(f"blocks.{depth}.{kind}", depth, kind, (SIDE, SIDE))
