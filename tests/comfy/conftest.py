@@ -95,6 +95,17 @@ class Server:
         with urllib.request.urlopen(request, timeout=30) as answer:
             return answer.read()
 
+    def forget(self) -> None:
+        """Have ComfyUI drop all that nodes gave, and unload all models. Asked in a bad moment it would do so
+        only after the next workflow.
+        """
+        log, said = self.data / "server.log", "Using RAM pressure cache"  # of a new cache
+        before, deadline = log.read_text().count(said), time.monotonic() + START_SECONDS
+        while log.read_text().count(said) == before:
+            assert time.monotonic() < deadline, "ComfyUI did not free its memory"
+            self.post("/free", {"unload_models": True, "free_memory": True})
+            time.sleep(0.3)
+
     def run(self, prompt: dict) -> dict:
         """Queue a workflow in API form and wait; its entry in the history. Fails where ComfyUI refuses it."""
         try:

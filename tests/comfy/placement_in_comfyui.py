@@ -138,8 +138,19 @@ def forgotten(host) -> dict:
     return {"network": network() is None, "model": model() is None, "loaded": names()}
 
 
+def looped(host) -> int:
+    """For how many nodes LoFA Personalize remembers a prediction, after as many as a loop makes."""
+    from lofa_pack.nodes import personalize
+
+    session = Session(host)
+    for time in range(10):
+        personalize.Personalize.hidden = SimpleNamespace(unique_id=f"4.0.{time}")
+        personalize.Personalize.execute(session.hypernetwork, session.model, SENTENCE, 1.0, session.clip)
+    return len(personalize._kept[session.hypernetwork])
+
+
 if __name__ == "__main__":
     with torch.inference_mode():
         pack = load_pack()
-        seen = {look.__name__: look(pack) for look in (forgotten, every_way, short_of_memory)}
+        seen = {look.__name__: look(pack) for look in (forgotten, looped, every_way, short_of_memory)}
     sys.stdout.write("\n" + json.dumps(seen) + "\n")

@@ -2,8 +2,6 @@
 result stays the same.
 """
 
-import time
-
 import pytest
 from listening import listening
 from test_nodes import predict_lora
@@ -38,6 +36,10 @@ def test_nothing_holds_a_hypernetwork_that_no_node_gives_any_more(seen):
     assert seen["forgotten"] == {"network": True, "model": True, "loaded": []}
 
 
+def test_a_node_in_a_loop_is_not_remembered_for_ever(seen):
+    assert seen["looped"] == 4
+
+
 def digests(listener) -> tuple[list[str], list[str]]:
     """(hashes of the LoRA and of the response maps, what was said below the node)."""
     prompt = predict_lora()
@@ -49,17 +51,12 @@ def digests(listener) -> tuple[list[str], list[str]]:
     return [run.outputs[node]["text"][0] for node in ("8", "9")], listener.texts.get("4", [])
 
 
-def free(listener, **what: bool) -> None:
-    listener.post("/free", what)
-    time.sleep(1.0)  # ComfyUI does it when its worker wakes up
-
-
 def test_after_unloading_and_freeing_the_next_prompt_gives_the_same_bytes(server):
     with listening(server.url) as listener:
         wanted, _ = digests(listener)
-        free(listener, unload_models=True)
+        listener.post("/free", {"unload_models": True})
         assert digests(listener)[0] == wanted
-        free(listener, unload_models=True, free_memory=True)
+        server.forget()
         again, said = digests(listener)
         assert again == wanted and "predicted in" in said[-1]
 
@@ -72,5 +69,5 @@ def test_every_placement_option_gives_the_same_bytes(comfyui, server, tmp_path):
     for option in ("--lowvram", "--novram"):
         with comfyui(tmp_path / option, option) as other, listening(other.url) as listener:
             assert digests(listener)[0] == wanted
-            free(listener, unload_models=True, free_memory=True)
+            other.forget()
             assert digests(listener)[0] == wanted

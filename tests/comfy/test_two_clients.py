@@ -26,7 +26,7 @@ def without_lora() -> dict:
 
 
 def alone(server, prompt: dict) -> list[bytes]:
-    server.post("/free", {"free_memory": True})
+    server.forget()
     return frames(server, server.succeed(prompt), "15")
 
 
@@ -53,14 +53,14 @@ def test_both_get_what_each_gets_alone(server, clients, other):
     wanted = [alone(server, prompt) for prompt in prompts]
     assert (wanted[0] == wanted[1]) == (prompts[0] == prompts[1])
     for _ in range(2):
-        server.post("/free", {"free_memory": True})
+        server.forget()
         runs = at_once(clients, prompts)
         assert [run.ended for run in runs] == ["success", "success"]
         assert [frames(server, run.outputs, "15") for run in runs] == wanted
 
 
 def test_what_is_said_below_a_node_is_said_to_its_client_alone(server, clients):
-    server.post("/free", {"free_memory": True})
+    server.forget()
     first, second = clients
     first.run(with_lora(FINE))
     second.run(without_lora())
