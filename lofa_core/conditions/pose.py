@@ -88,7 +88,6 @@ def _values(frame: Tensor, number: int) -> Tensor:
 def _as_condition(pictures: Tensor, places: np.ndarray, watch: Watch) -> Tensor:
     """The pictures at these places, of [N, H, W, 3] in uint8 or as floats in 0..1 -> [1, 3, T, H, W]."""
     condition = pictures.new_empty(1, 3, len(places), *pictures.shape[1:3], dtype=torch.float32)
-    for frame, place in enumerate(places.tolist()):
-        watch.before()
+    for frame, place in enumerate(watch.each(places.tolist(), len(places))):
         condition[0, :, frame] = _values(pictures[place], place).permute(2, 0, 1)
     return condition
