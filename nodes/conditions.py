@@ -238,9 +238,9 @@ def pose_condition(hypernetwork, keypoints=None, skeletons=None) -> Condition:
     if (keypoints is None) == (skeletons is None):
         raise ValueError("Connect either keypoints or skeletons: this node reads one of them.")
     if keypoints is not None:
-        clip = pose_from_keypoints(keypoints, *known.size, host.watch())
+        clip = pose_from_keypoints(keypoints, *known.size, watch=host.watch())
     else:
-        clip = resample_frames(skeletons[..., :3], *known.size, host.watch())
+        clip = resample_frames(skeletons[..., :3], *known.size, watch=host.watch())
     words = f"{len(keypoints if skeletons is None else skeletons)} frames"
     return Condition({"pose": Given(clip)}, {"pose": words})
 

@@ -18,7 +18,7 @@ _ROUNDING = 1e-3  # how far outside 0..1 a resized picture's values may lie
 
 
 def pose_from_keypoints(
-    document: object, count: int, height: int, width: int, watch: Watch = UNWATCHED
+    document: object, count: int, height: int, width: int, *, watch: Watch = UNWATCHED
 ) -> Tensor:
     """Draw a POSE_KEYPOINT document's skeletons: float32 [1, 3, count, height, width] in 0..1.
 
@@ -33,7 +33,7 @@ def pose_from_keypoints(
 
 
 def resample_frames(
-    frames: Tensor | np.ndarray, count: int, height: int, width: int, watch: Watch = UNWATCHED
+    frames: Tensor | np.ndarray, count: int, height: int, width: int, *, watch: Watch = UNWATCHED
 ) -> Tensor:
     """Frames [T, H, W, 3], float in 0..1 or uint8 -> float32 [1, 3, count, height, width] in 0..1.
 

@@ -68,7 +68,7 @@ SAMPLE = node(
 WEIGHTS = {"first_weight": 1.0, "second_weight": 0.5}
 KEYPOINTS = node("LoFAEncodePose", hypernetwork=["2", 0], keypoints=["20", 0])
 SKELETONS = POSE | {
-    "21": node("ImageScale", image=["20", 1], upscale_method="nearest-exact", width=1920, height=1080,
+    "21": node("ImageScale", image=["20", 1], upscale_method="nearest-exact", width=832, height=480,
                crop="disabled"),
     "22": node("RepeatImageBatch", image=["21", 0], amount=large_models.POSE[0]),
 }  # fmt: skip
