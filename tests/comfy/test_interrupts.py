@@ -8,6 +8,7 @@ Conditions are not here: they reshape what they are given, in milliseconds.
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import large_models
 import pytest
@@ -16,7 +17,7 @@ from test_nodes import FINE
 
 pytestmark = pytest.mark.slow
 
-ATTEMPTS = 3  # at stopping within a second: other programs may keep the processor for that long
+ATTEMPTS = 3  # at stopping within a second
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +106,28 @@ def listed(prompt: dict, server) -> dict:
     return prompt | {"20": node("LoFAMiniatureExample", **chosen)}
 
 
+class Clock:
+    """Seconds since it was made, without those in which ComfyUI's busiest thread was ready to run and other
+    programs had the processors (Linux counts them).
+    """
+
+    def __init__(self, pid: int):
+        self.pid, self.started, self.before = pid, time.monotonic(), self._threads()
+
+    def seconds(self) -> float:
+        passed, waited = time.monotonic() - self.started, []
+        for thread, (ran, waits) in self._threads().items():
+            ran_before, waits_before = self.before.get(thread, (0, 0))
+            waited.append((ran - ran_before, waits - waits_before))
+        return passed - max(waited, default=(0, 0))[1] / 1e9
+
+    def _threads(self) -> dict[str, tuple[int, int]]:
+        """Nanoseconds that each thread ran, and waited for a processor."""
+        files = Path(f"/proc/{self.pid}/task").glob("*/schedstat")
+        counts = {file.parent.name: file.read_text().split() for file in files}
+        return {thread: (int(ran), int(waited)) for thread, (ran, waited, _) in counts.items()}
+
+
 class Watched:
     """One workflow whose node is interrupted."""
 
@@ -147,19 +170,20 @@ class Watched:
         return self.files()[new], seconds, run
 
     def stopped(self, after: float) -> float:
-        """Interrupt the node so many seconds after it began; the seconds until ComfyUI says so."""
+        """Interrupt the node so many seconds after it began; the seconds until ComfyUI says so (`Clock`)."""
         self.server.forget()
         known = self.files() if self.saves else {}
         prompt_id = self.queued()
         time.sleep(after)
-        asked = time.monotonic()
+        clock = Clock(self.server.pid)
         self.listener.post("/interrupt", {"prompt_id": prompt_id})
         run = self.listener.until_ended(prompt_id)
+        seconds = clock.seconds()
         assert (run.ended, run.ended_at) == ("interrupted", self.node), run
         if self.saves:
             folder = self.server.data / "output/loras"
             assert self.files() == known and not list(folder.glob(".*"))  # nothing half written
-        return time.monotonic() - asked
+        return seconds
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -167,7 +191,6 @@ def test_a_node_stops_within_a_second_and_the_next_run_is_as_an_undisturbed_one(
     server, listener, case, record_property
 ):
     watched = Watched(server, listener, case)
-    watched.undisturbed()  # files are hashed, and in the page cache
     wanted, seconds, run = watched.undisturbed()
     progress = run.progress.get(watched.node, [])
     if seconds > 1.0:
@@ -179,7 +202,7 @@ def test_a_node_stops_within_a_second_and_the_next_run_is_as_an_undisturbed_one(
         assert watched.undisturbed()[0] == wanted
     record_property("seconds", round(seconds, 2))
     record_property("stopped in", [round(wait, 2) for wait in waits])
-    assert min(waits) < 1.0
+    assert min(waits) < 1.0, waits
 
 
 def test_a_large_file_s_hash_is_given_up_too(server, listener):
@@ -196,9 +219,9 @@ def test_a_large_file_s_hash_is_given_up_too(server, listener):
             assert kind != "executing", "the file was hashed before the interruption"
             if kind == "progress" and 0 < data["value"] < data["max"]:
                 break
-        asked = time.monotonic()
+        clock = Clock(server.pid)
         listener.post("/interrupt", {"prompt_id": prompt_id})
         assert listener.until_ended(prompt_id).ended == "interrupted"
-        waits.append(time.monotonic() - asked)
+        waits.append(clock.seconds())
         assert watched.undisturbed()[0] == wanted
     assert min(waits) < 1.0
