@@ -24,6 +24,7 @@ from .lora_files import match, save_lora, write_safetensors
 from .memory import at_a_time, out_of_memory
 from .prediction import Prediction
 from .released import load_released
+from .steps import Watch
 from .whole_files import whole_file
 
 try:
@@ -157,7 +158,7 @@ def _predict(options: argparse.Namespace) -> None:
             seed=options.seed,
             device=device,
             dtype=DTYPES[options.dtype],
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            watch=Watch(lambda done, total: bar.update(task, completed=done, total=total)),
         )
     metadata = {
         **prediction.lora.metadata,

@@ -2,7 +2,6 @@
 
 import copy
 import time
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -13,7 +12,8 @@ from .checkpoint import Generator
 from .conditions import Conditions
 from .lora_diffusion import LoRADiffusion, starting_noise
 from .memory import memory_for
-from .prediction import Prediction, Progress, ResponseMaps
+from .prediction import Prediction, ResponseMaps
+from .steps import UNWATCHED, Watch
 
 
 @torch.no_grad()
@@ -25,8 +25,7 @@ def predict(
     seed: int = 0,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-    progress: Progress | None = None,
-    check_cancelled: Callable[[], None] | None = None,
+    watch: Watch = UNWATCHED,
 ) -> Prediction:
     """The LoRA for the conditions of one task; other arguments as of `prediction.predict`.
 
@@ -36,22 +35,21 @@ def predict(
     if not isinstance(generator, LoRADiffusion):
         return prediction.predict(
             generator, base, conditions,
-            device=device, dtype=dtype, progress=progress, check_cancelled=check_cancelled,
+            device=device, dtype=dtype, watch=watch,
         )  # fmt: skip
     started = time.perf_counter()
     prediction.check_conditions(generator, conditions)
     layers = len(prediction.fitting_layers(generator, base))
-    if check_cancelled is not None:
-        check_cancelled()
+    watch.before()
     with memory_for("to draw a LoRA", device):
         network = _in_float32(generator, torch.device(device))
         given = {kind: one.to(network.latent_mean) for kind, one in conditions.items()}
-        (lora,) = network.draw(given, starting_noise(seed, network.config.latent))
+        with prediction.asked_often(network, watch):
+            (lora,) = network.draw(given, starting_noise(seed, network.config.latent))
     for name, layer in lora.items():
         if not layer.is_finite():
             raise prediction.not_finite("LoRA", name, network.latent_mean)
-    if progress is not None:
-        progress(layers, layers)
+    watch.after(layers, layers)
     metadata = prediction.metadata_of(generator, base, conditions) | {"lofa_seed": str(seed)}
     return Prediction(replace(lora, metadata=metadata), ResponseMaps(base), time.perf_counter() - started)
 
@@ -63,8 +61,7 @@ def predict_response(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-    progress: Progress | None = None,
-    check_cancelled: Callable[[], None] | None = None,
+    watch: Watch = UNWATCHED,
 ) -> ResponseMaps:
     """Stage I alone, as `prediction.predict_response`. ValueError for LoRA Diffusion, which has none."""
     if isinstance(generator, LoRADiffusion):
@@ -74,7 +71,7 @@ def predict_response(
         )
     return prediction.predict_response(
         generator, base, conditions,
-        device=device, dtype=dtype, progress=progress, check_cancelled=check_cancelled,
+        device=device, dtype=dtype, watch=watch,
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from .key_names import SDXL_PLACES
+from .steps import UNWATCHED, Watch
 
 # Anchors of viridis (public domain): perceptually even, readable when colour-blind.
 _RAMP = np.array(
@@ -59,6 +60,7 @@ def render(
     cell: int = 96,
     height: int | None = None,
     scale: int | None = None,
+    watch: Watch = UNWATCHED,
 ) -> np.ndarray:
     """Draw `responses` (canonical layer name -> [out, in], values 0..1) as uint8 [H, W, 3].
 
@@ -111,10 +113,12 @@ def render(
             canvas, text, x + (pitch_x - gap - _text_width(text, scale)) // 2, pad + line + pad // 2, scale
         )
         for row, depth in enumerate(depths):
+            watch.before()
             y = top + row * pitch_y
             response = placed.get((depth, kind))
             square = _ABSENT if response is None else colours(shrink(response, (height, cell)))
             canvas[y : y + height, x + inset : x + inset + cell] = square
+            watch.after(column * len(depths) + row + 1, len(kinds) * len(depths))
     every = next(step for step in _LABEL_STEPS if step * pitch_y >= line or step == _LABEL_STEPS[-1])
     for row, depth in list(enumerate(depths))[::every]:
         text = f"block {depth}"
@@ -126,12 +130,13 @@ def render(
     return canvas
 
 
-def overview(responses: Mapping[str, Tensor]) -> np.ndarray:
+def overview(responses: Mapping[str, Tensor], watch: Watch = UNWATCHED) -> np.ndarray:
     """`render` small enough to be read on a node: low maps where there are many depths, large letters."""
     places = [place(name) for name in responses]
     depths, kinds = (len(set(part)) for part in zip(*places, strict=True))
     cell = max(16, _OVERVIEW_WIDTH // kinds)
-    return render(responses, cell=cell, height=min(cell, max(5, _OVERVIEW_HEIGHT // depths)), scale=2)
+    height = min(cell, max(5, _OVERVIEW_HEIGHT // depths))
+    return render(responses, cell=cell, height=height, scale=2, watch=watch)
 
 
 def place(name: str) -> tuple[int, str]:

@@ -103,31 +103,32 @@ class LoRA(Mapping[str, LoRALayer]):
         layers = {n: LoRALayer(layer.A, layer.B, layer.alpha * strength) for n, layer in self.layers.items()}
         return LoRA(layers, self.metadata)
 
-    def reduced(self, rank: int, watch: Watch = UNWATCHED) -> "LoRA":
+    def reduced(self, rank: int) -> "LoRA":
         """The closest LoRA (each dW in the Frobenius norm) of at most this rank, in canonical form."""
         if rank < 1:
             raise ValueError(f"rank {rank}: a LoRA has a rank of 1 or more.")
-        layers = watch.each(self.layers.items(), len(self))
-        return LoRA({name: layer.truncated(rank) for name, layer in layers}, self.metadata)
+        return LoRA({name: layer.truncated(rank) for name, layer in self.items()}, self.metadata)
 
     def canonical(self) -> "LoRA":
         """The same dW in canonical (SVD) form: B = U sqrt(S), A = sqrt(S) V^T, signs fixed, alpha = r."""
         return LoRA({name: layer.truncated(layer.rank) for name, layer in self.layers.items()}, self.metadata)
 
     @staticmethod
-    def blend(parts: Sequence[tuple["LoRA", float]]) -> "LoRA":
-        """The LoRA whose every dW is the weighted sum of the parts', exactly: their ranks side by side.
+    def blend(
+        parts: Sequence[tuple["LoRA", float]], rank: int | None = None, watch: Watch = UNWATCHED
+    ) -> "LoRA":
+        """The LoRA whose every dW is the weighted sum of the parts', exactly: their ranks side by side; or
+        the closest to it of at most `rank`, as `reduced`.
 
-        A layer that some parts lack is the sum over the others. Ranks add up; `reduced` brings them down.
-        Raises ValueError when two parts give one layer different shapes.
+        A layer that some parts lack is the sum over the others. Raises ValueError when two parts give one
+        layer different shapes.
         """
         names = dict.fromkeys(name for lora, _ in parts for name in lora)
-        return LoRA(
-            {
-                name: _sum(name, [(lora[name], weight) for lora, weight in parts if name in lora])
-                for name in names
-            }
-        )
+        layers = {}
+        for name in watch.each(names, len(names)):
+            layer = _sum(name, [(lora[name], weight) for lora, weight in parts if name in lora])
+            layers[name] = layer if rank is None else layer.truncated(rank)
+        return LoRA(layers)
 
 
 def _sum(name: str, parts: Sequence[tuple[LoRALayer, float]]) -> LoRALayer:

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .base_models import BaseModel, open_safetensors
 from .key_names import canonical_name, default_layout, layout_name
 from .lora import LoRA, LoRALayer
+from .steps import UNWATCHED, Watch
 from .whole_files import whole_file
 
 # What stands after a layer's name -> what it holds.
@@ -26,6 +26,22 @@ SUFFIXES = {
     ".lora.up.weight": "B",
     ".alpha": "alpha",  # where it is absent, alpha = r
 }
+# What safetensors files call the dtypes that we write.
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_PIECE = 2**24  # bytes written at once
 
 
 def to_state_dict(
@@ -121,7 +137,11 @@ def _layer(name: str, parts: dict[str, Tensor]) -> LoRALayer:
 
 
 def save_lora(
-    lora: LoRA, path: Path | str, layout: str | None = None, dtype: torch.dtype | None = None
+    lora: LoRA,
+    path: Path | str,
+    layout: str | None = None,
+    dtype: torch.dtype | None = None,
+    watch: Watch = UNWATCHED,
 ) -> None:
     """Write a LoRA and its metadata to a .safetensors file, whole or not at all; see `to_state_dict`.
 
@@ -130,12 +150,13 @@ def save_lora(
     """
     state = to_state_dict(lora, layout, dtype)
     for key, tensor in state.items():
+        watch.before()
         if not bool(tensor.isfinite().all()):
             raise ValueError(
                 f"{path} is not written: {key} is not finite in {str(tensor.dtype).removeprefix('torch.')}. "
                 "Lower the LoRA's strength, or predict it again."
             )
-    write_safetensors(state, path, lora.metadata)
+    write_safetensors(state, path, lora.metadata, watch)
 
 
 def load_lora(path: Path | str) -> LoRA:
@@ -147,49 +168,49 @@ def load_lora(path: Path | str) -> LoRA:
         raise ValueError(f"{path}: {error}") from error
 
 
-def write_safetensors(tensors: Mapping[str, Tensor], path: Path | str, metadata: Mapping[str, str]) -> None:
+def write_safetensors(
+    tensors: Mapping[str, Tensor], path: Path | str, metadata: Mapping[str, str], watch: Watch = UNWATCHED
+) -> None:
     """Write a safetensors file, whole or not at all; the same tensors and metadata give the same bytes.
 
-    Raises FileNotFoundError if the folder is not there, ValueError if the name does not end in .safetensors,
-    OSError naming the file where the disk is full.
+    By hand: the format's own library puts the metadata into another order every time, and cannot be stopped
+    on a slow disk. Raises FileNotFoundError if the folder is not there, ValueError if the name does not end
+    in .safetensors or the format has no such dtype, OSError naming the file where the disk is full.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: the file's name has to end in .safetensors.")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: there is no folder {path.parent} to write into. Make it first.")
-    # Tensors may share memory (one A for all layers, slices of one batch), which the format cannot say.
-    seen: set[int] = set()
-    own = {}
-    for key, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        storage = tensor.untyped_storage()
-        alone = storage.nbytes() == tensor.nbytes and storage.data_ptr() not in seen
-        seen.add(storage.data_ptr())
-        own[key] = tensor if alone else tensor.clone()
-    with whole_file(path) as unfinished:
-        unfinished.touch()
-        mode = unfinished.stat().st_mode
-        save_file(own, unfinished, dict(metadata))
-        unfinished.chmod(mode)  # safetensors makes files that only their owner can read
-        _sort_metadata(unfinished)
+    # The widest numbers first: each then lies at a multiple of its size.
+    keys = sorted(tensors, key=lambda key: (-tensors[key].dtype.itemsize, key))
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    end = 0
+    for key in keys:
+        tensor = tensors[key]
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(f"{path}: {key} is {tensor.dtype}, which safetensors files do not hold.")
+        start, end = end, end + tensor.numel() * tensor.dtype.itemsize
+        header[key] = {
+            "dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]
+        }  # fmt: skip
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    with whole_file(path) as unfinished, unfinished.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for key in watch.each(keys, len(keys)):
+            data = tensors[key].detach().cpu().contiguous().flatten().view(torch.uint8)
+            for piece in data.split(_PIECE):
+                watch.before()
+                file.write(piece.numpy().data)
 
 
-def _sort_metadata(path: Path) -> None:
-    """Put a file's metadata into the order of its names: safetensors writes them in another every time."""
-    with path.open("r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        file.seek(8)
-        file.write(text.ljust(length))
-
-
-def read_safetensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_safetensors(path: Path | str, watch: Watch = UNWATCHED) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, metadata) of a safetensors file. FileNotFoundError, or ValueError naming a damaged file."""
     with open_safetensors(Path(path)) as handle:
-        return {key: handle.get_tensor(key) for key in handle.keys()}, handle.metadata() or {}
+        keys = list(handle.keys())
+        return {key: handle.get_tensor(key) for key in watch.each(keys, len(keys))}, handle.metadata() or {}
 
 
 def each_tensor(path: Path | str) -> Iterator[tuple[str, Tensor]]:

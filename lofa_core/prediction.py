@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .base_models import BaseWeights, TargetLayer
 from .conditions import Conditions
@@ -17,7 +17,7 @@ from .descriptions import BaseDescription, ConditionDescription
 from .hypernetwork import Hypernetwork, Response
 from .lora import LoRA, LoRALayer
 from .memory import at_a_time, memory_for, out_of_memory
-from .steps import Progress
+from .steps import UNWATCHED, Watch
 from .trunk import Layers
 
 Batch = Callable[[Layers, list[TargetLayer]], None]
@@ -102,16 +102,15 @@ def predict(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     batch_size: int | None = None,
-    progress: Progress | None = None,
-    check_cancelled: Callable[[], None] | None = None,
+    watch: Watch = UNWATCHED,
 ) -> Prediction:
     """Predict the LoRA for the conditions of one task (LoFA eq. 2), of any of the kinds the network knows.
 
-    Runs on `device` in `dtype`, `batch_size` layers at a time (None: what the device does best), and reports
-    after each batch. A batch that does not fit into memory is halved and done again, which is logged and kept
-    in `responses.short_of_memory`; MemoryError where one layer alone does not fit. ValueError where something
-    that comes out is not finite. `check_cancelled` is called before each batch and each block of the networks
-    and may raise; nothing is kept then.
+    Runs on `device` in `dtype`, `batch_size` layers at a time (None: what the device does best). A batch that
+    does not fit into memory is halved and done again, which is logged and kept in
+    `responses.short_of_memory`; MemoryError where one layer alone does not fit. ValueError where something
+    that comes out is not finite. `watch` hears which layers come next and how many are done; it is asked
+    whether to go on before each layer is read and before each linear map of the networks.
     """
     started = time.perf_counter()
     with memory_for("for the hypernetwork", device):
@@ -130,9 +129,7 @@ def predict(
             if not found[layer.name].is_finite():
                 raise not_finite("LoRA", layer.name, response.features)
 
-    responses.short_of_memory = _in_batches(
-        network, base, device, batch_size, batch, progress, check_cancelled
-    )
+    responses.short_of_memory = _in_batches(network, base, device, batch_size, batch, watch)
     in_order = {layer.name: found[layer.name] for layer in hypernetwork.base.layers}
     metadata = metadata_of(hypernetwork, base, conditions)
     return Prediction(LoRA(in_order, metadata), responses, time.perf_counter() - started)
@@ -172,8 +169,7 @@ def predict_response(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     batch_size: int | None = None,
-    progress: Progress | None = None,
-    check_cancelled: Callable[[], None] | None = None,
+    watch: Watch = UNWATCHED,
 ) -> ResponseMaps:
     """Stage I alone. Arguments as of `predict`."""
     with memory_for("for the hypernetwork", device):
@@ -184,9 +180,7 @@ def predict_response(
     def batch(layers: Layers, chosen: list[TargetLayer]) -> None:
         responses.add(network.stage1(layers, projected), chosen)
 
-    responses.short_of_memory = _in_batches(
-        network, base, device, batch_size, batch, progress, check_cancelled
-    )
+    responses.short_of_memory = _in_batches(network, base, device, batch_size, batch, watch)
     return responses
 
 
@@ -242,8 +236,7 @@ def _in_batches(
     device: torch.device | str,
     batch_size: int | None,
     batch: Batch,
-    progress: Progress | None,
-    check_cancelled: Callable[[], None] | None,
+    watch: Watch,
 ) -> int:
     """Call `batch` with one batch of layers of one shape after another, until all layers are done. How many
     at a time fitted into memory, 0 where that was no matter.
@@ -253,17 +246,16 @@ def _in_batches(
     layers = fitting_layers(hypernetwork, base)
     size, short = batch_size or default_batch_size(hypernetwork, device), 0
     left, done = list(hypernetwork.base.by_shape().values()), 0
-    with _asked_often(hypernetwork, check_cancelled):
+    with asked_often(hypernetwork, watch):
         while left:
-            if check_cancelled is not None:
-                check_cancelled()  # before weights are read, too
             chosen = left[0][:size]
-            error = _out_of_memory_in(batch, hypernetwork, base, layers, chosen, device)
+            others = f" and {len(chosen) - 1} more" if len(chosen) > 1 else ""
+            watch.before(layers[chosen[0]].name + others)
+            error = _out_of_memory_in(batch, hypernetwork, base, layers, chosen, device, watch)
             if not error:
                 left = [left[0][size:], *left[1:]] if len(left[0]) > size else left[1:]
                 done += len(chosen)
-                if progress is not None:
-                    progress(done, len(layers))
+                watch.after(done, len(layers))
                 continue
             if len(chosen) == 1:
                 raise MemoryError(
@@ -279,13 +271,13 @@ def _in_batches(
 
 
 @contextmanager
-def _asked_often(hypernetwork: Hypernetwork, check_cancelled: Callable[[], None] | None) -> Iterator[None]:
-    """Call `check_cancelled` before each block: on a slow processor one batch of layers takes seconds."""
-    if check_cancelled is None:
+def asked_often(network: nn.Module, watch: Watch) -> Iterator[None]:
+    """Ask `watch` before each linear map within: on a slow processor one block takes seconds."""
+    if watch.check_cancelled is None:
         yield
         return
-    blocks = (*hypernetwork.stage1.trunk.blocks, *hypernetwork.stage2.trunk.blocks)
-    hooks = [block.register_forward_pre_hook(lambda *_: check_cancelled()) for block in blocks]
+    maps = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    hooks = [module.register_forward_pre_hook(lambda *_: watch.before()) for module in maps]
     try:
         yield
     finally:
@@ -307,19 +299,25 @@ def _out_of_memory_in(
     layers: list[TargetLayer],
     places: list[int],
     device: torch.device | str,
+    watch: Watch,
 ) -> str:
     """Do one batch, the layers at these places; the error's words where memory ran out, else none. Here, so
     that nothing of the failed batch stays alive.
     """
     chosen = [layers[place] for place in places]
+
+    def weights() -> Iterator[Tensor]:
+        for layer in chosen:
+            watch.before()
+            yield _checked(base.read(layer).to(device).float(), layer, base)
+
     try:
-        read = (_checked(base.read(layer).to(device).float(), layer, base) for layer in chosen)
         index = torch.tensor(places, device=device)
         if torch.device(device).type == "cpu":  # one by one stays in the caches
-            each = zip(read, index.split(1), strict=True)
+            each = zip(weights(), index.split(1), strict=True)
             patches = torch.cat([hypernetwork.patches(weight.unsqueeze(0), own) for weight, own in each])
         else:
-            patches = hypernetwork.patches(torch.stack(list(read)), index)
+            patches = hypernetwork.patches(torch.stack(list(weights())), index)
         batch(hypernetwork.layers(chosen[0].shape, index, patches), chosen)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):

@@ -72,11 +72,12 @@ def _view(name: str, response: Tensor, second: Tensor | None, small: int, large:
     )
 
 
-def atlas(maps: list[np.ndarray], columns: int) -> np.ndarray:
+def atlas(maps: list[np.ndarray], columns: int, watch: Watch = UNWATCHED) -> np.ndarray:
     """Square maps of one size as tiles of one picture, uint8 [H, W, 3], row by row, `columns` in a row."""
     side = len(maps[0])
     picture = np.zeros((-(-len(maps) // columns) * side, columns * side, 3), np.uint8)
     for number, values in enumerate(maps):
+        watch.before()
         y, x = number // columns * side, number % columns * side
         picture[y : y + side, x : x + side] = colours(values)
     return picture

@@ -47,7 +47,7 @@ class EncodeText(io.ComfyNode):
 
     @classmethod
     def execute(cls, hypernetwork, clip, text) -> io.NodeOutput:
-        return io.NodeOutput(text_condition(hypernetwork, clip, text))
+        return io.NodeOutput(text_condition(hypernetwork.model, clip, text))
 
 
 class TextCondition(io.ComfyNode):
@@ -77,7 +77,7 @@ class TextCondition(io.ComfyNode):
     @classmethod
     def execute(cls, hypernetwork, conditioning) -> io.NodeOutput:
         states = host.text_states(conditioning)
-        return io.NodeOutput(_tokens(hypernetwork, "text", states, "CONDITIONING", ""))
+        return io.NodeOutput(_tokens(hypernetwork.model, "text", states, "CONDITIONING", ""))
 
 
 class EncodePose(io.ComfyNode):
@@ -113,7 +113,7 @@ class EncodePose(io.ComfyNode):
 
     @classmethod
     def execute(cls, hypernetwork, keypoints=None, skeletons=None) -> io.NodeOutput:
-        condition = pose_condition(hypernetwork, keypoints, skeletons)
+        condition = pose_condition(hypernetwork.model, keypoints, skeletons)
         shown = condition.given["pose"].values[0].permute(1, 2, 3, 0)  # [T, H, W, 3]
         return io.NodeOutput(condition, shown)
 
@@ -132,7 +132,7 @@ class EncodeStyle(io.ComfyNode):
 
     @classmethod
     def execute(cls, hypernetwork, clip_vision_output) -> io.NodeOutput:
-        return io.NodeOutput(picture_condition(hypernetwork, "style", clip_vision_output))
+        return io.NodeOutput(picture_condition(hypernetwork.model, "style", clip_vision_output))
 
 
 class EncodeIdentity(io.ComfyNode):
@@ -150,7 +150,7 @@ class EncodeIdentity(io.ComfyNode):
 
     @classmethod
     def execute(cls, hypernetwork, clip_vision_output) -> io.NodeOutput:
-        return io.NodeOutput(picture_condition(hypernetwork, "identity", clip_vision_output))
+        return io.NodeOutput(picture_condition(hypernetwork.model, "identity", clip_vision_output))
 
 
 class CombineConditions(io.ComfyNode):
@@ -238,9 +238,9 @@ def pose_condition(hypernetwork, keypoints=None, skeletons=None) -> Condition:
     if (keypoints is None) == (skeletons is None):
         raise ValueError("Connect either keypoints or skeletons: this node reads one of them.")
     if keypoints is not None:
-        clip = pose_from_keypoints(keypoints, *known.size)
+        clip = pose_from_keypoints(keypoints, *known.size, watch=host.watch())
     else:
-        clip = resample_frames(skeletons[..., :3], *known.size)
+        clip = resample_frames(skeletons[..., :3], *known.size, watch=host.watch())
     words = f"{len(keypoints if skeletons is None else skeletons)} frames"
     return Condition({"pose": Given(clip)}, {"pose": words})
 

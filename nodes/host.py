@@ -1,9 +1,14 @@
-"""What touches ComfyUI's internals; no other file of the pack but host_guidance.py imports them."""
+"""What touches ComfyUI's internals; no other file of the pack but host_guidance.py and
+host_miniature.py imports them.
+"""
 
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import comfy.clip_vision
@@ -24,6 +29,7 @@ from torch import Tensor
 
 from ..lofa_core import miniature
 from ..lofa_core.base_models import BaseWeights
+from ..lofa_core.memory import memory_for
 from ..lofa_core.steps import Watch
 
 log = logging.getLogger(__name__)
@@ -70,6 +76,7 @@ def lora_file(name: str) -> Path:
     return Path(folder_paths.get_full_path_or_raise("loras", name))
 
 
+_PIECE = 2**24  # bytes read at once
 _hashes: dict[Path, tuple[tuple[int, ...], str]] = {}  # what the file system said, and the hash then
 
 
@@ -86,8 +93,17 @@ def _content_hash(path: Path) -> str:
     found = path.stat()
     state = (found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_dev, found.st_ino)
     if path not in _hashes or _hashes[path][0] != state:
-        with path.open("rb") as file:
-            _hashes[path] = state, hashlib.file_digest(file, "sha256").hexdigest()
+        digest, pieces = hashlib.sha256(), -(-found.st_size // _PIECE)
+        try:
+            with path.open("rb") as file:
+                for piece in watch().each(iter(partial(file.read, _PIECE), b""), pieces):
+                    digest.update(piece)
+        except comfy.model_management.InterruptProcessingException:
+            # No node runs yet, and here the interruption would end ComfyUI's worker for good: the first node
+            # that runs shall meet it.
+            comfy.model_management.interrupt_current_processing()
+            return ""
+        _hashes[path] = state, digest.hexdigest()
     return _hashes[path][1]
 
 
@@ -122,6 +138,7 @@ def workflow_metadata(prompt: object, extra_pnginfo: Mapping[str, object] | None
 # Progress and devices
 
 _LARGE = 50_000_000  # parameters; below, float32 takes no noticeable time
+_TELL_EVERY = 0.1  # seconds; ComfyUI's progress bars move no more often
 
 
 def device() -> torch.device:
@@ -135,10 +152,26 @@ def compute_dtype(parameters: int) -> torch.dtype:
     return torch.bfloat16 if large else torch.float32
 
 
-def make_room(size: int) -> None:
-    """Have ComfyUI unload what it can until the GPU has `size` bytes free."""
-    if not comfy.model_management.is_device_cpu(device()):
-        comfy.model_management.free_memory(size, device())
+def managed(network: torch.nn.Module, dtype: torch.dtype) -> comfy.model_patcher.ModelPatcher:
+    """A network, from now on in `dtype`, that ComfyUI's model management loads and offloads."""
+    for tensor in (*network.parameters(), *network.buffers()):
+        check_cancelled()
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    offload_device = comfy.model_management.unet_offload_device()
+    return comfy.model_patcher.ModelPatcher(network, device(), offload_device)
+
+
+def load(patcher: comfy.model_patcher.ModelPatcher, working_memory: int) -> None:
+    """Have ComfyUI bring a `managed` network onto `device()`, and unload others until `working_memory` bytes
+    are free beside it. Under --novram it leaves the network where it is.
+
+    Raises MemoryError where the network does not fit.
+    """
+    with memory_for("for the hypernetwork", device()):
+        comfy.model_management.load_models_gpu(
+            [patcher], memory_required=working_memory, force_full_load=True
+        )
 
 
 def progress() -> Callable[[int, int], None]:
@@ -152,81 +185,31 @@ def check_cancelled() -> None:
     comfy.model_management.throw_exception_if_processing_interrupted()
 
 
-def watch() -> Watch:
-    """The running node's progress bar and the cancel button, for work of many steps."""
-    return Watch(progress(), check_cancelled)
+def watch(node_id: str = "", doing: str = "") -> Watch:
+    """The running node's progress bar and the cancel button, for work of many steps. Where a node is named,
+    it says below it what each step works on: `doing` and the step's name.
+    """
+    last = 0.0
+
+    def tell(what: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _TELL_EVERY:
+            last = time.monotonic()
+            _send_text(node_id, f"{doing} {what}")
+
+    return Watch(progress(), check_cancelled, tell if node_id else None)
 
 
 def show_text(node_id: str, text: str) -> None:
     """Show a line on the node in the page, and in the log."""
     log.info(text)
-    PromptServer.instance.send_progress_text(text, node_id)
+    _send_text(node_id, text)
 
 
-# ------------------------------------------------------------
-# The miniature
-
-# All in float32: at this size speed does not matter, and the hypernetwork was trained on float32 weights.
-_MINIATURE_DTYPE = torch.float32
-
-
-def load_miniature() -> tuple[
-    comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE, comfy.clip_vision.ClipVisionModel
-]:
-    """The embedded base model as ComfyUI's own MODEL, CLIP, VAE and CLIP_VISION."""
-    model = comfy.sd.load_diffusion_model(
-        str(miniature.DIFFUSION_MODEL), model_options={"dtype": _MINIATURE_DTYPE}
-    )
-    return model, _load_text_encoder(), _load_vae(), _load_image_encoder()
-
-
-def _load_vae() -> comfy.sd.VAE:
-    state, metadata = comfy.utils.load_torch_file(str(miniature.VAE), return_metadata=True)
-    vae = comfy.sd.VAE(sd=state, metadata=metadata, dtype=_MINIATURE_DTYPE)
-    vae.throw_exception_if_invalid()
-    # How ComfyUI makes a second copy on another device.
-    vae.patcher.cached_patcher_init = (comfy.sd.load_vae_patcher, (str(miniature.VAE), metadata, None))
-    return vae
-
-
-def _load_image_encoder() -> comfy.clip_vision.ClipVisionModel:
-    folder = miniature.IMAGE_ENCODER.parent
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config |= json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
-    encoder = comfy.clip_vision.ClipVisionModel(config)
-    encoder.load_sd(comfy.utils.load_torch_file(str(miniature.IMAGE_ENCODER)))
-    return encoder
-
-
-class _TextEncoderTarget:
-    """What comfy.sd.CLIP builds: WAN's text encoder and tokeniser, with no further arguments."""
-
-    clip = comfy.text_encoders.wan.te()
-    tokenizer = comfy.text_encoders.wan.WanT5Tokenizer
-    params: dict[str, object] = {}
-
-
-# The sizes in which the miniature's text encoder differs from WAN's own.
-_TEXT_ENCODER_SIZES = ("d_model", "d_ff", "d_kv", "num_heads", "num_layers", "vocab_size")
-
-
-def _load_text_encoder(disable_dynamic: bool = False) -> comfy.sd.CLIP:
-    config = json.loads(miniature.TEXT_ENCODER_CONFIG.read_text(encoding="utf-8"))
-    sizes = {name: config[name] for name in _TEXT_ENCODER_SIZES}
-    vocabulary = torch.frombuffer(bytearray(miniature.TOKENIZER.read_bytes()), dtype=torch.uint8)
-    clip = comfy.sd.CLIP(
-        _TextEncoderTarget,
-        tokenizer_data={"spiece_model": vocabulary},
-        state_dict=[comfy.utils.load_torch_file(str(miniature.TEXT_ENCODER))],
-        model_options={"dtype": _MINIATURE_DTYPE, "umt5xxl_model_config": sizes},
-        disable_dynamic=disable_dynamic,
-    )
-    clip.patcher.cached_patcher_init = (_load_text_encoder_patcher, ())
-    return clip
-
-
-def _load_text_encoder_patcher(disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
-    return _load_text_encoder(disable_dynamic).patcher
+def _send_text(node_id: str, text: str) -> None:
+    """To whoever queued the workflow: in another's page the node of this id is another one."""
+    server = PromptServer.instance
+    server.send_progress_text(text, node_id, server.client_id)
 
 
 # ------------------------------------------------------------
@@ -236,9 +219,25 @@ def _load_text_encoder_patcher(disable_dynamic: bool = False) -> comfy.model_pat
 def encode_text(clip: comfy.sd.CLIP, text: str) -> Tensor:
     """The last hidden states of `text`, [1, S, d]; WAN's encoder gives zero rows after the prompt.
 
-    Line breaks become spaces, as in the text encoder of lofa_core: the tokeniser knows no others.
+    Line breaks become spaces, as in the text encoder of lofa_core: the tokeniser knows no others. The
+    progress bar counts the encoder's blocks; ComfyUI's own layers ask for the cancel button.
     """
-    return clip.encode_from_tokens(clip.tokenize(" ".join(text.split())))
+    with _bar_of_blocks(clip.cond_stage_model):
+        return clip.encode_from_tokens(clip.tokenize(" ".join(text.split())))
+
+
+@contextmanager
+def _bar_of_blocks(encoder: torch.nn.Module) -> Iterator[None]:
+    """Within the context, the running node's progress bar moves with every transformer block."""
+    lists = [module for module in encoder.modules() if isinstance(module, torch.nn.ModuleList)]
+    blocks = max(lists, key=len, default=())
+    bar = comfy.utils.ProgressBar(len(blocks))
+    hooks = [block.register_forward_hook(lambda *_: bar.update(1)) for block in blocks]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def text_states(conditioning: Sequence[Sequence]) -> Tensor:

@@ -2,12 +2,14 @@
 
 import json
 
+import torch
 from comfy_api.latest import io
 
 from ..lofa_core import miniature
 from ..lofa_core.checkpoint import load_generator
+from ..lofa_core.lora_diffusion import LoRADiffusion
 from ..lofa_core.released import load_released
-from . import host
+from . import host, host_miniature
 from .sockets import CATEGORY, HypernetworkSocket, PoseSocket
 
 
@@ -62,8 +64,11 @@ class LoadHypernetwork(io.ComfyNode):
         if not published and not alone:
             raise ValueError(f"{hypernetwork} is whole: set stage2 to {host.NO_STAGE2}, not {stage2}.")
         load = load_released if published else load_generator
+        network = load(*host.hypernetwork_files(hypernetwork, stage2), dtype=None, watch=host.watch())
+        parameters = sum(parameter.numel() for parameter in network.parameters())
+        drawn = isinstance(network, LoRADiffusion)  # draws in float32 alone
         return io.NodeOutput(
-            load(*host.hypernetwork_files(hypernetwork, stage2), dtype=None, watch=host.watch())
+            host.managed(network, torch.float32 if drawn else host.compute_dtype(parameters))
         )
 
 
@@ -99,7 +104,7 @@ class LoadMiniature(io.ComfyNode):
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
-        return io.NodeOutput(*host.load_miniature())
+        return io.NodeOutput(*host_miniature.load_miniature())
 
 
 class MiniatureExample(io.ComfyNode):

@@ -59,7 +59,8 @@ class SaveLoRA(io.ComfyNode):
         workflow = host.workflow_metadata(cls.hidden.prompt, cls.hidden.extra_pnginfo)
         container = from_state_dict(lora, {**own, **workflow})
         path, shown = host.new_output_file(filename_prefix, ".safetensors")
-        save_lora(container, path, layout=None if layout == DEFAULT_LAYOUT else layout)
+        named = None if layout == DEFAULT_LAYOUT else layout
+        save_lora(container, path, named, watch=host.watch())
         host.show_text(cls.hidden.unique_id, f"Saved {shown}")
         return io.NodeOutput(ui=ui.PreviewText(shown))
 
@@ -105,10 +106,8 @@ class BlendLoRAs(io.ComfyNode):
 
     @classmethod
     def execute(cls, first, second, first_weight, second_weight, rank) -> io.NodeOutput:
-        blend = LoRA.blend([(from_state_dict(first), first_weight), (from_state_dict(second), second_weight)])
-        return io.NodeOutput(
-            LoRAState(to_state_dict(blend.reduced(rank, host.watch()) if rank else blend), {})
-        )
+        parts = [(from_state_dict(first), first_weight), (from_state_dict(second), second_weight)]
+        return io.NodeOutput(LoRAState(to_state_dict(LoRA.blend(parts, rank or None, host.watch())), {}))
 
 
 class ResponseFromLoRA(io.ComfyNode):
@@ -163,7 +162,7 @@ class ResponseFromLoRA(io.ComfyNode):
     @classmethod
     def execute(cls, model, lora_name, threshold) -> io.NodeOutput:
         path = host.lora_file(lora_name)
-        state, metadata = read_safetensors(path)
+        state, metadata = read_safetensors(path, host.watch())
         try:
             lora, others = of_target_layers(state, metadata)
             responses = LoRAResponses(host.base_weights(model), lora, threshold / 100.0)

@@ -14,6 +14,7 @@ from .sockets import CATEGORY, Condition, HypernetworkSocket, PoseSocket
 # hypernetwork.
 _kept: weakref.WeakKeyDictionary[object, dict[str, tuple[list[Callable[[], object]], Condition]]]
 _kept = weakref.WeakKeyDictionary()
+_NODES = 4  # the last so many nodes: in a graph that loops, every time around is a node of its own
 
 
 class Personalize(io.ComfyNode):
@@ -67,8 +68,10 @@ class Personalize(io.ComfyNode):
         node_id, kept = cls.hidden.unique_id, _kept.setdefault(hypernetwork, {})
         parts = (text, clip, keypoints, clip_vision_output)
         if node_id not in kept or not _are(parts, kept[node_id][0]):
-            made = _condition(hypernetwork, *parts)
+            made = _condition(hypernetwork.model, *parts)
             kept[node_id] = [_reference(part) for part in parts], made
+            while len(kept) > _NODES:
+                del kept[next(iter(kept))]
         condition = kept[node_id][1]
         return io.NodeOutput(*personalised(hypernetwork, model, condition, strength, seed, node_id))
 

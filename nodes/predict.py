@@ -35,31 +35,31 @@ def _inputs() -> list[io.Input]:
     ]
 
 
-def _predict(run, hypernetwork, model, condition):
+def _predict(run, hypernetwork, model, condition: Condition, node_id: str):
     """`predict` or `predict_response` with ComfyUI's device, progress bar and interruption."""
-    check_conditions(hypernetwork, condition.given)
-    parameters = sum(parameter.numel() for parameter in hypernetwork.parameters())
-    dtype = host.compute_dtype(parameters)
-    host.make_room(parameters * dtype.itemsize + WORKING_MEMORY)
+    network = hypernetwork.model
+    check_conditions(network, condition.given)
+    host.load(hypernetwork, WORKING_MEMORY)
     return run(
-        hypernetwork,
+        network,
         host.base_weights(model),
         condition.given,
         device=host.device(),
-        dtype=dtype,
-        progress=host.progress(),
-        check_cancelled=host.check_cancelled,
+        dtype=next(network.parameters()).dtype,
+        watch=host.watch(node_id, "Predicting"),
     )
 
 
-def _prediction(hypernetwork, model, condition: Condition, seed: int) -> tuple[Prediction, bool]:
+def _prediction(
+    hypernetwork, model, condition: Condition, seed: int, node_id: str
+) -> tuple[Prediction, bool]:
     """The prediction, and whether it is the last one again: another strength needs no other LoRA."""
     parts, kept = (hypernetwork, model.model), condition.memory.get("last")
     if kept is not None:
         made_from, of_seed, prediction = kept
         if of_seed == seed and all(ref() is part for ref, part in zip(made_from, parts, strict=True)):
             return prediction, True
-    prediction = _predict(partial(predict, seed=seed), hypernetwork, model, condition)
+    prediction = _predict(partial(predict, seed=seed), hypernetwork, model, condition, node_id)
     condition.memory["last"] = tuple(map(weakref.ref, parts)), seed, prediction
     return prediction, False
 
@@ -74,7 +74,7 @@ def personalised(
     hypernetwork, model, condition: Condition, strength: float, seed: int, node_id: str
 ) -> tuple:
     """(LORA_MODEL, MODEL with it applied, LOFA_RESPONSE); says below the node what came out."""
-    prediction, again = _prediction(hypernetwork, model, condition, seed)
+    prediction, again = _prediction(hypernetwork, model, condition, seed, node_id)
     metadata = dict(prediction.lora.metadata)
     for kind, words in condition.words.items():
         if words:
@@ -153,9 +153,9 @@ class PredictResponse(io.ComfyNode):
 
     @classmethod
     def execute(cls, hypernetwork, model, condition) -> io.NodeOutput:
-        responses = _predict(predict_response, hypernetwork, model, condition)
-        report = f"{len(responses)} response maps{_memory_note(responses)}"
-        host.show_text(cls.hidden.unique_id, report)
+        node_id = cls.hidden.unique_id
+        responses = _predict(predict_response, hypernetwork, model, condition, node_id)
+        host.show_text(node_id, f"{len(responses)} response maps{_memory_note(responses)}")
         return io.NodeOutput(responses)
 
 

@@ -11,7 +11,7 @@ from ..lofa_core.conditions import Conditions
 
 CATEGORY = "LoFA"
 
-HypernetworkSocket = io.Custom("LOFA_HYPERNETWORK")  # lofa_core.hypernetwork.Hypernetwork
+HypernetworkSocket = io.Custom("LOFA_HYPERNETWORK")  # ModelPatcher of a lofa_core.checkpoint.Generator
 ConditionSocket = io.Custom("LOFA_CONDITION")  # Condition
 PoseSocket = io.Custom("POSE_KEYPOINT")  # as DWPose and OpenPose nodes give it; core has no class for it
 ResponseSocket = io.Custom("LOFA_RESPONSE")  # {layer name: [out, in] in 0..1}

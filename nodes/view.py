@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..lofa_core.heatmap import overview, render
 from ..lofa_core.response_view import LayerView, atlas, views
+from ..lofa_core.steps import Watch
 from . import host
 from .sockets import CATEGORY, ResponseSocket
 
@@ -54,15 +55,11 @@ class ResponseHeatmap(io.ComfyNode):
     @classmethod
     def execute(cls, response, cell, second=None) -> io.NodeOutput:
         sides = (math.isqrt(PIXELS // max(1, len(response))), LARGEST_MAP)
-        layers = views(
-            response,
-            second,
-            small=cell,
-            large=min(sides),
-            watch=host.watch(),
-        )
-        image = _image(render(_maps(layers, "small"), cell=cell))
-        preview = ui.PreviewImage(_image(overview(_maps(layers, "large"))), cls=cls).as_dict()
+        watch = host.watch()
+        layers = views(response, second, small=cell, large=min(sides), watch=watch)
+        image = _image(render(_maps(layers, "small"), cell=cell, watch=watch))
+        small = overview(_maps(layers, "large"), Watch(check_cancelled=host.check_cancelled))
+        preview = ui.PreviewImage(_image(small), cls=cls).as_dict()
         return io.NodeOutput(image, ui=preview | _for_the_page(layers))
 
 
@@ -71,8 +68,12 @@ def _maps(layers: list[LayerView], size: str) -> dict[str, Tensor]:
 
 
 def _image(picture: np.ndarray) -> Tensor:
-    """uint8 [H, W, 3] -> IMAGE [1, H, W, 3]."""
-    return torch.from_numpy(picture).float().div(255.0).unsqueeze(0)
+    """uint8 [H, W, 3] -> IMAGE [1, H, W, 3]; with large cells it has a gigabyte."""
+    image = torch.empty(1, *picture.shape)
+    for rows, into in zip(torch.from_numpy(picture).split(512), image[0].split(512), strict=True):
+        host.check_cancelled()
+        into.copy_(rows).div_(255.0)
+    return image
 
 
 def _for_the_page(layers: list[LayerView]) -> dict[str, list]:
@@ -84,9 +85,14 @@ def _for_the_page(layers: list[LayerView]) -> dict[str, list]:
     if any(layer.second for layer in layers):
         missing = np.zeros_like(layers[0].large)
         both.append([layer.second.large if layer.second else missing for layer in layers])
+    cancelling = Watch(check_cancelled=host.check_cancelled)
     pictures = [
         ui.ImageSaveHelper.save_images(
-            _image(atlas(maps, columns)), "lofa_response", io.FolderType.temp, cls=None, compress_level=1
+            _image(atlas(maps, columns, cancelling)),
+            "lofa_response",
+            io.FolderType.temp,
+            cls=None,
+            compress_level=1,
         )[0]
         for maps in both
     ]

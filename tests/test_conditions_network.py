@@ -98,6 +98,7 @@ def test_a_weakened_condition_keeps_its_values_and_multiplies_its_strength():
     half = weakened(given, 0.5)
     assert half.values is given.values and half.strength.tolist() == [0.5, 0.5]
     assert weakened(half, 3.0).strength.tolist() == [1.5, 1.5]
+    assert weakened(given, 1.0).strength is None and weakened(half, 1.0) is half
 
 
 @torch.no_grad()

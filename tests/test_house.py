@@ -37,7 +37,7 @@ CORE_EXTRAS = {
 }
 NODES = CORE | {"comfy_api"}
 # The files of nodes/ that know ComfyUI's internals.
-HOST_FILES = {"host.py", "host_guidance.py"}
+HOST_FILES = {"host.py", "host_guidance.py", "host_miniature.py"}
 HOST = {"comfy", "comfy_extras", "folder_paths", "node_helpers", "nodes", "server", "execution", "aiohttp"}
 # Import name -> the name it is installed by, where they differ.
 INSTALLED_AS = {

@@ -27,6 +27,7 @@ from lofa_core.lora_files import (
     to_state_dict,
     write_safetensors,
 )
+from lofa_core.steps import Watch
 
 TINY_SDXL = {
     "sample_size": 8,
@@ -219,18 +220,17 @@ def test_saving_needs_a_folder_and_a_safetensors_name(wan, tmp_path):
         save_lora(wan[0], tmp_path / "it.pt")
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(wan, tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(wan, tmp_path):
     file = tmp_path / "it.safetensors"
     save_lora(wan[0], file)
     before = file.read_bytes()
 
-    def disk_full(tensors, path, metadata):
-        path.write_bytes(b"half a fi")
-        raise OSError("No space left on device")
+    def disk_full(done, total):
+        if done == total // 2:
+            raise OSError("No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr(lora_files, "save_file", disk_full)
-        save_lora(wan[0].scaled(2.0), file)
+    with pytest.raises(OSError, match="No space left"):
+        save_lora(wan[0].scaled(2.0), file, watch=Watch(disk_full))
     assert file.read_bytes() == before and os.listdir(tmp_path) == ["it.safetensors"]
     save_lora(wan[0].scaled(2.0), file)
     assert same_deltas(load_lora(file), wan[0].scaled(2.0)) and os.listdir(tmp_path) == ["it.safetensors"]

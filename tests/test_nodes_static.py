@@ -8,7 +8,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 NODES = ROOT / "nodes"
-HOST_FILES = {"host.py", "host_guidance.py"}
+HOST_FILES = {"host.py", "host_guidance.py", "host_miniature.py"}
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 
 
@@ -52,6 +52,15 @@ def test_only_the_host_files_touch_comfyui_internals():
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 modules.add(node.module.split(".")[0])
         assert name in HOST_FILES or not modules & internals, name
+
+
+def test_no_node_places_anything_by_itself():
+    """ComfyUI says where: no `.cuda()`, no device by name, no `.to("cuda")`."""
+    for name, tree in trees().items():
+        for node in ast.walk(tree):
+            assert not (isinstance(node, ast.Attribute) and node.attr in {"cuda", "xpu", "mps"}), name
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert not node.value.startswith(("cuda", "xpu", "mps")), (name, node.value)
 
 
 def test_every_node_class_is_in_the_extension():

@@ -133,7 +133,7 @@ METADATA = {
 
 
 def test_one_lora_is_one_file_byte_for_byte(tmp_path):
-    """safetensors alone writes the metadata in another order every time."""
+    """The safetensors library writes the metadata in another order every time."""
     found = set()
     for number in range(8):
         path = tmp_path / f"{number}.safetensors"

@@ -6,6 +6,7 @@ from tiny import base_tensors, condition, describe, network, text
 
 from lofa_core.base_models import BaseWeights
 from lofa_core.prediction import Prediction, predict, predict_response
+from lofa_core.steps import Watch
 
 
 def parts(**changes):
@@ -65,7 +66,7 @@ def test_the_batch_size_changes_nothing_but_the_steps_of_progress(size):
     net, base, given = parts()
     seen = []
     found = predict(
-        net, base, given, batch_size=size, progress=lambda done, total: seen.append((done, total))
+        net, base, given, batch_size=size, watch=Watch(lambda done, total: seen.append((done, total)))
     )
     assert same(found, predict(net, base, given))
     assert seen == [(min(start + size, 16), 16) for start in range(0, 16, size)]
@@ -103,8 +104,8 @@ def test_cancelling_stops_before_the_next_weights_are_read(run):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(net, base, given, batch_size=4, check_cancelled=check)
-    assert set(asked) == {0, 4, 8} and len(read) == 8
+        run(net, base, given, batch_size=4, watch=Watch(check_cancelled=check))
+    assert set(asked) == set(range(9)) and len(read) == 8
 
 
 def test_cancelling_within_a_batch_leaves_the_network_usable():
@@ -113,13 +114,13 @@ def test_cancelling_within_a_batch_leaves_the_network_usable():
 
     def check():
         asked.append(True)
-        if len(asked) == 4:  # before the batch, in both blocks of Stage I, in the first of Stage II
+        if len(asked) == 60:  # of 8 layers read, and some ten linear maps in each of four blocks
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        predict(net, base, given, check_cancelled=check)
+        predict(net, base, given, watch=Watch(check_cancelled=check))
     predict(net, base, given)
-    assert len(asked) == 4  # nobody is asked any more
+    assert len(asked) == 60  # nobody is asked any more
 
 
 def test_padding_of_the_condition_does_not_matter():
@@ -232,7 +233,9 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_lora_is_the_same(monkeypatc
     net, base, given = parts()
     wanted, seen = predict(net, base, given), []
     tried = fails_above(monkeypatch, net, 3, error)
-    found = predict(net, base, given, batch_size=16, progress=lambda done, total: seen.append((done, total)))
+    found = predict(
+        net, base, given, batch_size=16, watch=Watch(lambda done, total: seen.append((done, total)))
+    )
     assert same(found, wanted)
     assert tried == [16, 8, 4, *8 * [2]]
     assert seen == [(done, 16) for done in range(2, 17, 2)]  # progress never goes back

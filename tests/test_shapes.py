@@ -14,6 +14,7 @@ from lofa_core.descriptions import BaseDescription, ConditionDescription, Hypern
 from lofa_core.hypernetwork import Hypernetwork
 from lofa_core.key_names import SDXL_PLACES, SDXL_TARGETS
 from lofa_core.prediction import fitting_layers, predict, predict_response
+from lofa_core.steps import Watch
 
 SMALL = {640: 16, 1280: 32, 2048: 24}  # SDXL's widths, and those that stand for them
 SHAPES = [(16, 16), (16, 24), (32, 32), (32, 24)]  # in order of appearance
@@ -120,7 +121,9 @@ def test_an_untrained_network_predicts_each_layers_own_mean(base):
 def test_the_batch_size_changes_nothing_but_the_steps_of_progress(net, base, found, size):
     seen = []
     exact = {"batch_size": size, "dtype": torch.float64}
-    again = predict(net, base, CONDITIONS, **exact, progress=lambda done, total: seen.append((done, total)))
+    again = predict(
+        net, base, CONDITIONS, **exact, watch=Watch(lambda done, total: seen.append((done, total)))
+    )
     assert same(again.lora, found.lora)
     counts = [len(places) for places in net.base.by_shape().values()]
     assert {total for _, total in seen} == {88} and len(seen) == sum(-(-count // size) for count in counts)

@@ -27,6 +27,7 @@ from lofa_core.conditions import Given
 from lofa_core.descriptions import HypernetworkConfig
 from lofa_core.hypernetwork import Hypernetwork
 from lofa_core.prediction import default_batch_size, predict
+from lofa_core.steps import Watch
 from training.config import LoRAConfig
 from training.full_size import LAYERS, SIDE, TEXT_WIDTH, WORDS, random_condition, released_hypernetwork
 from training.machine import device_name, peak_memory, seconds
@@ -122,7 +123,7 @@ def measure_prediction(
         def once() -> None:
             predict(
                 network, base, {"text": Given(condition)}, device=device, dtype=dtype, batch_size=batch,
-                progress=lambda done, total: bar.update(task, completed=done),
+                watch=Watch(lambda done, total: bar.update(task, completed=done)),
             )  # fmt: skip
 
         if device.type == "cuda":

@@ -27,6 +27,10 @@ Conditions = Mapping[str, Given]  # by kind
 
 
 def weakened(given: Given, strength: float) -> Given:
-    """The same at another strength (above 1: strengthened)."""
+    """The same at another strength (above 1: strengthened). At 1 nothing is said of it: a network of a single
+    kind of condition knows no other.
+    """
+    if strength == 1.0:
+        return given
     before = given.strength if given.strength is not None else torch.ones(len(given.values))
     return Given(given.values, before * strength)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from ..steps import UNWATCHED, Watch
 from .pose_drawing import check_size, draw_pose, fitted_box
 from .pose_keypoints import MAX_FRAMES, parse_pose
 
@@ -16,7 +17,9 @@ _DTYPES = ("uint8", "float16", "bfloat16", "float32", "float64")
 _ROUNDING = 1e-3  # how far outside 0..1 a resized picture's values may lie
 
 
-def pose_from_keypoints(document: object, count: int, height: int, width: int) -> Tensor:
+def pose_from_keypoints(
+    document: object, count: int, height: int, width: int, *, watch: Watch = UNWATCHED
+) -> Tensor:
     """Draw a POSE_KEYPOINT document's skeletons: float32 [1, 3, count, height, width] in 0..1.
 
     `count` frames are taken evenly from the first to the last, see `resample_frames`. Raises ValueError for a
@@ -25,11 +28,13 @@ def pose_from_keypoints(document: object, count: int, height: int, width: int) -
     _check_count(count)
     frames = parse_pose(document)
     picked, places = np.unique(_picks(len(frames), count), return_inverse=True)  # each is drawn once
-    drawn = torch.from_numpy(draw_pose([frames[pick] for pick in picked], height, width))
-    return _as_condition(drawn[torch.from_numpy(places)].float() / 255.0)
+    drawn = draw_pose([frames[pick] for pick in picked], height, width, watch)
+    return _as_condition(torch.from_numpy(drawn), places, watch)
 
 
-def resample_frames(frames: Tensor | np.ndarray, count: int, height: int, width: int) -> Tensor:
+def resample_frames(
+    frames: Tensor | np.ndarray, count: int, height: int, width: int, *, watch: Watch = UNWATCHED
+) -> Tensor:
     """Frames [T, H, W, 3], float in 0..1 or uint8 -> float32 [1, 3, count, height, width] in 0..1.
 
     In time the frames nearest to `count` even steps from the first to the last; one frame is repeated. In
@@ -49,11 +54,11 @@ def resample_frames(frames: Tensor | np.ndarray, count: int, height: int, width:
     picked, places = np.unique(_picks(len(clip), count), return_inverse=True)
     top, left, rows, columns = fitted_box(clip.shape[1], clip.shape[2], height, width)
     fitted = torch.zeros(len(picked), height, width, 3, device=clip.device)
-    for picture, pick in zip(fitted, picked.tolist(), strict=True):
+    for picture, pick in zip(fitted, watch.each(picked.tolist(), len(picked)), strict=True):
         frame = _values(clip[pick], pick).permute(2, 0, 1)[None]
         frame = interpolate(frame, (rows, columns), mode="bilinear", antialias=True)
         picture[top : top + rows, left : left + columns] = frame[0].permute(1, 2, 0)
-    return _as_condition(fitted[torch.from_numpy(places).to(clip.device)])
+    return _as_condition(fitted, places, watch)
 
 
 def _picks(frames: int, count: int) -> np.ndarray:
@@ -80,6 +85,9 @@ def _values(frame: Tensor, number: int) -> Tensor:
     return frame.clamp(0.0, 1.0)
 
 
-def _as_condition(pictures: Tensor) -> Tensor:
-    """[T, H, W, 3] -> [1, 3, T, H, W]."""
-    return pictures.permute(3, 0, 1, 2)[None].contiguous()
+def _as_condition(pictures: Tensor, places: np.ndarray, watch: Watch) -> Tensor:
+    """The pictures at these places, of [N, H, W, 3] in uint8 or as floats in 0..1 -> [1, 3, T, H, W]."""
+    condition = pictures.new_empty(1, 3, len(places), *pictures.shape[1:3], dtype=torch.float32)
+    for frame, place in enumerate(watch.each(places.tolist(), len(places))):
+        condition[0, :, frame] = _values(pictures[place], place).permute(2, 0, 1)
+    return condition

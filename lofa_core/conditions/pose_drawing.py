@@ -9,6 +9,7 @@ from types import ModuleType
 
 import numpy as np
 
+from ..steps import UNWATCHED, Watch
 from .pose_keypoints import MAX_SIDE, Person, PoseFrame
 
 _LIMBS = (
@@ -21,7 +22,7 @@ _SMALL, _OVERSAMPLING = 256, 4  # smaller pictures are drawn larger: dots of les
 _FAINTEST = 0.05  # fainter guesses are not drawn, as in OpenPose's own pictures
 
 
-def draw_pose(frames: Sequence[PoseFrame], height: int, width: int) -> np.ndarray:
+def draw_pose(frames: Sequence[PoseFrame], height: int, width: int, watch: Watch = UNWATCHED) -> np.ndarray:
     """Draw skeletons on black: uint8 [T, height, width, 3] (RGB).
 
     Each frame's canvas is fitted into the picture whole, its shape kept, and centred. Lines are as wide as
@@ -31,7 +32,7 @@ def draw_pose(frames: Sequence[PoseFrame], height: int, width: int) -> np.ndarra
     check_size(height, width)
     opencv = _opencv()
     pictures = np.zeros((len(frames), height, width, 3), np.uint8)
-    for picture, frame in zip(pictures, frames, strict=True):
+    for picture, frame in zip(pictures, watch.each(frames, len(frames)), strict=True):
         top, left, rows, columns = fitted_box(frame.height, frame.width, height, width)
         grain = _OVERSAMPLING if min(rows, columns) < _SMALL else 1
         drawn = np.zeros((rows * grain, columns * grain, 3), np.uint8)

@@ -13,6 +13,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -92,6 +93,7 @@ class Server:
 
     url: str
     data: Path
+    pid: int = 0
 
     def get(self, path: str) -> bytes:
         with urllib.request.urlopen(self.url + path, timeout=30) as answer:
@@ -106,6 +108,17 @@ class Server:
         )
         with urllib.request.urlopen(request, timeout=30) as answer:
             return answer.read()
+
+    def forget(self) -> None:
+        """Have ComfyUI drop all that nodes gave, and unload all models. Asked in a bad moment it would do so
+        only after the next workflow.
+        """
+        log, said = self.data / "server.log", "Using RAM pressure cache"  # of a new cache
+        before, deadline = log.read_text().count(said), time.monotonic() + START_SECONDS
+        while log.read_text().count(said) == before:
+            assert time.monotonic() < deadline, "ComfyUI did not free its memory"
+            self.post("/free", {"unload_models": True, "free_memory": True})
+            time.sleep(0.3)
 
     def run(self, prompt: dict) -> dict:
         """Queue a workflow in API form and wait; its entry in the history. Fails where ComfyUI refuses it."""
@@ -202,10 +215,28 @@ def installation() -> Installation:
 
 
 @pytest.fixture(scope="session")
-def server(installation, tmp_path_factory):
-    data = tmp_path_factory.mktemp("comfyui")
+def comfyui(installation):
+    """Starts a ComfyUI over an empty folder, told where to place models; it ends with the context."""
+
+    def furnished(data: Path, placement: str = "--cpu"):
+        furnish(data)
+        return started(installation, data, placement)
+
+    return furnished
+
+
+@pytest.fixture(scope="session")
+def server(comfyui, tmp_path_factory):
+    """One for all tests that need none of their own."""
+    with comfyui(tmp_path_factory.mktemp("comfyui")) as running:
+        yield running
+
+
+def furnish(data: Path) -> None:
+    """What the tests' workflows load, in a base directory."""
     _link(ROOT, data / "custom_nodes/lofa")
-    _link(Path(__file__).with_name("small_sizes.py"), data / "custom_nodes")
+    for own in ("small_sizes.py", "probe_nodes.py"):
+        _link(Path(__file__).with_name(own), data / "custom_nodes")
     _link(miniature.DIFFUSION_MODEL, data / "models/diffusion_models")
     _link(miniature.VAE, data / "models/vae")
     # Under the names in workflows/wan_text_action.json: the miniature for WAN, random stages for LoFA_v0.
@@ -215,10 +246,15 @@ def server(installation, tmp_path_factory):
     save_hypernetwork(network_of_all_kinds(), data / "models/lofa/all_kinds.safetensors")
     save_lora_diffusion(lora_diffusion(), data / "models/lofa/lora_diffusion.safetensors")
     published_files(data / "models/lofa", released(MINIATURE_V0, depths=4, shape=(96, 96), words=64))
+
+
+@contextmanager
+def started(installation: Installation, data: Path, placement: str) -> Iterator[Server]:
+    """ComfyUI over a base directory; ended with the context."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [installation.python, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", port]
+    command = [installation.python, "main.py", placement, "--listen", "127.0.0.1", "--port", port]
     command += ["--base-directory", data, "--database-url", "sqlite:///:memory:"]
     command += ["--disable-api-nodes", "--disable-auto-launch"]
     log = data / "server.log"
@@ -231,7 +267,7 @@ def server(installation, tmp_path_factory):
             env=installation.environment(),
         )
     try:
-        running = Server(f"http://127.0.0.1:{port}", data)
+        running = Server(f"http://127.0.0.1:{port}", data, process.pid)
         _wait_until_up(running, process, log)
         yield running
     finally:

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 COMFYUI, REPOSITORY, PROMPT, ENCODING = sys.argv[1:]
 sys.path[0] = COMFYUI
@@ -40,11 +41,25 @@ def load_pack():
     return host
 
 
+def load_miniature() -> tuple:
+    """The miniature's MODEL, CLIP, VAE and CLIP_VISION."""
+    from lofa_pack.nodes import host_miniature
+
+    return host_miniature.load_miniature()
+
+
+def load_hypernetwork(host):
+    """The embedded one, as Load Hypernetwork gives it."""
+    from lofa_pack.nodes.load import LoadHypernetwork
+
+    return LoadHypernetwork.execute(host.EMBEDDED_HYPERNETWORK).result[0]
+
+
 def unpatched_weights(host) -> dict:
     """Weights read from a MODEL that another LoRA was applied to and that is loaded, against the file's."""
     from lofa_pack.lofa_core import miniature
 
-    model, *_ = host.load_miniature()
+    model, *_ = load_miniature()
     truth = load_file(miniature.DIFFUSION_MODEL)
     name = "blocks.1.cross_attn.k"
     width = truth[f"{name}.weight"].shape[0]
@@ -78,7 +93,7 @@ def states_of_the_model(host) -> dict:
     with safe_open(miniature.DIFFUSION_MODEL, "pt") as file:
         metadata = file.metadata()
     truth = load_file(miniature.DIFFUSION_MODEL)
-    targets = {f"{layer.name}.weight" for layer in host.base_weights(host.load_miniature()[0]).model.layers}
+    targets = {f"{layer.name}.weight" for layer in host.base_weights(load_miniature()[0]).model.layers}
     scaled, dequantised = {"scaled_fp8": torch.tensor([], dtype=torch.float8_e4m3fn)}, {}
     for key, value in truth.items():
         scaled[key] = value.bfloat16()
@@ -120,11 +135,10 @@ def states_of_the_model(host) -> dict:
 
 def text_conditions(host) -> dict:
     """What Text Condition gives for one prompt, and its errors for two prompts and for another width."""
-    from lofa_pack.lofa_core.checkpoint import load_hypernetwork
     from lofa_pack.nodes.conditions import TextCondition
 
-    hypernetwork = load_hypernetwork(*host.hypernetwork_files(host.EMBEDDED_HYPERNETWORK))
-    _, clip, *_ = host.load_miniature()
+    hypernetwork = load_hypernetwork(host)
+    _, clip, *_ = load_miniature()
     one = clip.encode_from_tokens_scheduled(clip.tokenize(PROMPT))
     condition = TextCondition.execute(hypernetwork, one).result[0]
     difference = condition.given["text"].values - host.encode_text(clip, PROMPT)
@@ -142,7 +156,7 @@ def picture_conditions(host) -> dict:
     from lofa_pack.lofa_core import miniature
     from lofa_pack.lofa_core.conditions.image import CLIPImageEncoder
 
-    _, _, _, encoder = host.load_miniature()
+    _, _, _, encoder = load_miniature()
     found = {}
     try:
         ours = CLIPImageEncoder.open(miniature.FOLDER)
@@ -220,18 +234,19 @@ def sdxl_prediction(host) -> dict:
     )
     network = Hypernetwork(config, base, (descriptions.ConditionDescription("identity", 8),))
     condition = Condition({"identity": Given(torch.randn(1, 5, 8))}, {"identity": "1 picture"})
-    show, host.show_text = host.show_text, lambda node, text: said.append(text)  # there is no page here
-    lora, applied, response = personalised(network.eval(), model, condition, 1.0, 0, "1")
-    host.show_text = show
+    page = SimpleNamespace(client_id=None, send_progress_text=lambda text, *_: said.append(text))
+    host.PromptServer.instance = page  # there is none here
+    hypernetwork = host.managed(network.eval(), torch.float32)
+    lora, applied, response = personalised(hypernetwork, model, condition, 1.0, 0, "1")
     return {
-        "said": said[0], "patched": len(applied.patches), "tensors": len(lora),
+        "said": said[-1], "first said": said[0], "patched": len(applied.patches), "tensors": len(lora),
         "in_order": list(response) == [layer.name for layer in layers],
     }  # fmt: skip
 
 
 def hooked_weights(host) -> dict:
     """A weight that a hook has changed in place, as ComfyUI leaves it while hooks are applied."""
-    model, *_ = host.load_miniature()
+    model, *_ = load_miniature()
     key = "diffusion_model.blocks.0.self_attn.q.weight"
     weight = model.model.diffusion_model.blocks[0].self_attn.q.weight
     truth = weight.detach().clone()
@@ -246,7 +261,7 @@ def hooked_weights(host) -> dict:
 
 def text_encoding(host) -> dict:
     """Writes the prompt as encoded by the miniature's CLIP."""
-    _, clip, *_ = host.load_miniature()
+    _, clip, *_ = load_miniature()
     tokens = host.encode_text(clip, PROMPT)
     save_file({"tokens": tokens.float().contiguous()}, ENCODING)
     return {"shape": list(tokens.shape)}
@@ -254,7 +269,7 @@ def text_encoding(host) -> dict:
 
 def lora_that_does_not_match(host) -> dict:
     """The error for a LoRA whose layers this MODEL lacks."""
-    model, *_ = host.load_miniature()
+    model, *_ = load_miniature()
     lora = {
         "diffusion_model.blocks.99.self_attn.q.lora_A.weight": torch.zeros(2, 96),
         "diffusion_model.blocks.99.self_attn.q.lora_B.weight": torch.zeros(96, 2),
@@ -268,17 +283,18 @@ def lora_that_does_not_match(host) -> dict:
 
 def wrong_text_encoder(host) -> dict:
     """The error for a CLIP of another width than the hypernetwork was trained with."""
-    from lofa_pack.lofa_core.checkpoint import load_hypernetwork
     from lofa_pack.nodes.conditions import EXAMPLE, EncodeText
 
     class Wide:
+        cond_stage_model = torch.nn.Module()
+
         def tokenize(self, text):
             return text
 
         def encode_from_tokens(self, tokens):
             return torch.zeros(1, 77, 768)
 
-    hypernetwork = load_hypernetwork(*host.hypernetwork_files(host.EMBEDDED_HYPERNETWORK))
+    hypernetwork = load_hypernetwork(host)
     try:
         EncodeText.execute(hypernetwork, Wide(), EXAMPLE)
     except ValueError as error:

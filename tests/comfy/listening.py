@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 SECONDS = 300
-TEXT_FRAME = 1
+TEXT_FRAME, BINARY_FRAME = 1, 2
+PROGRESS_TEXT = 3  # the kind of a binary message
 
 
 @dataclass
@@ -22,7 +23,21 @@ class Run:
     ran: list[str] = field(default_factory=list)
     cached: set[str] = field(default_factory=set)
     outputs: dict[str, dict] = field(default_factory=dict)
+    progress: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # (value, max) by node
     ended: str = ""
+    ended_at: str = ""  # the node that failed or was interrupted
+
+    def hear(self, kind: str, data: dict) -> None:
+        if kind == "execution_cached":
+            self.cached = set(data["nodes"])
+        elif kind == "executing":
+            self.ran.append(data["node"])
+        elif kind == "executed":
+            self.outputs[data["node"]] = data["output"]
+        elif kind == "progress":
+            self.progress.setdefault(data["node"], []).append((data["value"], data["max"]))
+        elif kind in ("execution_success", "execution_error", "execution_interrupted"):
+            self.ended, self.ended_at = kind.removeprefix("execution_"), data.get("node_id", "")
 
 
 class Listener:
@@ -31,6 +46,7 @@ class Listener:
     def __init__(self, url: str):
         address = urlsplit(url)
         self.url, self.client = url, uuid.uuid4().hex
+        self.texts: dict[str, list[str]] = {}  # what was said below each node
         self._connection = socket.create_connection((address.hostname, address.port), timeout=SECONDS)
         key = base64.b64encode(os.urandom(16)).decode()
         lines = [
@@ -48,7 +64,9 @@ class Listener:
         self._connection.close()
 
     def messages(self) -> Iterator[tuple[str, dict]]:
-        """What the server says, as it says it; previews and pings are left out."""
+        """What the server says, as it says it, lines below a node as ("progress_text", {node, text});
+        previews and pings are left out.
+        """
         while True:
             kind, length = self._stream.read(2)  # a server masks nothing
             if length >= 126:
@@ -57,6 +75,11 @@ class Listener:
             if kind & 0x0F == TEXT_FRAME:
                 message = json.loads(payload)
                 yield message["type"], message["data"]
+            elif kind & 0x0F == BINARY_FRAME and int.from_bytes(payload[:4]) == PROGRESS_TEXT:
+                end = 8 + int.from_bytes(payload[4:8])
+                node, text = payload[8:end].decode(), payload[end:].decode()
+                self.texts.setdefault(node, []).append(text)
+                yield "progress_text", {"node": node, "text": text}
 
     def post(self, path: str, body: dict) -> bytes:
         request = urllib.request.Request(
@@ -78,16 +101,9 @@ class Listener:
         for kind, data in self.messages():
             if data.get("prompt_id") != prompt_id:
                 continue
-            if kind == "execution_cached":
-                run.cached = set(data["nodes"])
-            elif kind == "executing" and data["node"] is None:
+            if kind == "executing" and data["node"] is None:
                 return run
-            elif kind == "executing":
-                run.ran.append(data["node"])
-            elif kind == "executed":
-                run.outputs[data["node"]] = data["output"]
-            elif kind in ("execution_success", "execution_error", "execution_interrupted"):
-                run.ended = kind.removeprefix("execution_")
+            run.hear(kind, data)
         raise ConnectionError("ComfyUI hung up")
 
 

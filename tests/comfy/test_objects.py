@@ -65,6 +65,7 @@ def test_a_lora_is_predicted_for_comfyuis_sdxl(seen):
     found = seen["sdxl_prediction"]
     assert found["said"].startswith("88 of 88 layers matched, predicted in") and found["in_order"]
     assert (found["patched"], found["tensors"]) == (88, 3 * 88)
+    assert found["first said"].startswith("Predicting down_blocks.1.attentions.0.transformer_blocks.0.attn1.")
 
 
 def test_base_weights_are_read_without_a_hook_on_them(seen):

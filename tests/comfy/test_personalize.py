@@ -54,6 +54,15 @@ def test_text_pose_and_picture_together_give_what_the_single_nodes_give(server):
     assert frames(server, outputs, "35") == frames(server, outputs, "45")
 
 
+def test_a_network_of_text_alone_gives_what_encode_and_predict_give(server):
+    """As LoFA_v0 is: such a network takes no strength."""
+    files = {"hypernetwork": "stage1_preview.pth", "stage2": "stage2_preview.pth"}
+    prompt = start(FINE) | predict_lora() | sample(["5", 1], "one", 30) | sample(["4", 1], "many", 40)
+    prompt["2"]["inputs"] = files
+    outputs = server.succeed(prompt)
+    assert frames(server, outputs, "35") == frames(server, outputs, "45")
+
+
 def test_another_strength_applies_the_lora_that_was_predicted(server):
     """Two nodes of one hypernetwork, each with a LoRA of its own."""
 
