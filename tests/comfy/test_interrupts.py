@@ -112,7 +112,8 @@ class Clock:
     """
 
     def __init__(self, pid: int):
-        self.pid, self.started, self.before = pid, time.monotonic(), self._threads()
+        self.pid, self.started = pid, time.monotonic()
+        self.before = self._threads()
 
     def seconds(self) -> float:
         passed, waited = time.monotonic() - self.started, []
