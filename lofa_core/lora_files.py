@@ -1,7 +1,7 @@
 """LoRA files: safetensors in every layout of key_names.py, and the count of layers that fit a base model."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .base_models import BaseModel, open_safetensors
+from .base_models import BaseModel
 from .key_names import canonical_name, default_layout, layout_name
 from .lora import LoRA, LoRALayer
+from .numbers import check_finite
+from .safetensors_file import open_safetensors
 from .whole_files import whole_file
 
 # What stands after a layer's name -> what it holds.
@@ -57,7 +59,15 @@ def from_state_dict(state: Mapping[str, Tensor], metadata: Mapping[str, str] | N
     Raises ValueError naming the key that is not part of a LoRA of target layers, or whose partner is missing.
     """
     found: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in state.items():
+    for key, (name, part) in _check_names(state).items():
+        found.setdefault(name, {})[part] = state[key]
+    return LoRA({name: _layer(name, parts) for name, parts in found.items()}, dict(metadata or {}))
+
+
+def _check_names(keys: Collection[str]) -> dict[str, tuple[str, str]]:
+    """Key -> (canonical name of its target layer, "A", "B" or "alpha"). ValueError as `from_state_dict`."""
+    found: dict[tuple[str, str], str] = {}
+    for key in keys:
         module, part = _split(key)
         name = canonical_name(module)
         if name is None:
@@ -65,13 +75,12 @@ def from_state_dict(state: Mapping[str, Tensor], metadata: Mapping[str, str] | N
                 f"{key} changes a layer that LoFA does not know. It reads LoRAs of the attention (q, k, v, "
                 "o) of WAN2.1 or of SDXL's UNet, under ComfyUI, original, diffusers, Kohya or PEFT names."
             )
-        parts = found.setdefault(name, {})
-        if part in parts:
+        if (name, part) in found:
             raise ValueError(f"{key}: {name} has its {part} twice, under two names.")
-        parts[part] = tensor
+        found[name, part] = key
     if not found:
         raise ValueError("There are no tensors here, so no LoRA.")
-    return LoRA({name: _layer(name, parts) for name, parts in found.items()}, dict(metadata or {}))
+    return {key: place for place, key in found.items()}
 
 
 def of_target_layers(
@@ -82,20 +91,23 @@ def of_target_layers(
 
     Raises ValueError where no target layer is among them, and as `from_state_dict`.
     """
-    kept, others = {}, []
-    for key, tensor in state.items():
+    kept, others = _target_layers(state)
+    return from_state_dict({key: state[key] for key in kept}, metadata), others
+
+
+def _target_layers(keys: Collection[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(the keys of a LoRA of target layers, all others)."""
+    kept, others = [], []
+    for key in keys:
         known = any(key.endswith(suffix) for suffix in SUFFIXES) and canonical_name(_split(key)[0])
-        if known:
-            kept[key] = tensor
-        else:
-            others.append(key)
+        (kept if known else others).append(key)
     if not kept:
         first = f" (first {others[0]})" if others else ""
         raise ValueError(
-            f"None of these {len(state)} tensors{first} belongs to a LoRA of the attention (q, k, v, o) of "
+            f"None of these {len(keys)} tensors{first} belongs to a LoRA of the attention (q, k, v, o) of "
             "WAN2.1 or of SDXL's UNet. LoHa, LoKr and full differences are not read."
         )
-    return from_state_dict(kept, metadata), tuple(others)
+    return tuple(kept), tuple(others)
 
 
 def _split(key: str) -> tuple[str, str]:
@@ -113,6 +125,11 @@ def _layer(name: str, parts: dict[str, Tensor]) -> LoRALayer:
     for part in ("A", "B"):
         if part not in parts:
             raise ValueError(f"{name} has no {part}: it has only {', '.join(sorted(parts))}.")
+    for part, tensor in parts.items():
+        if not tensor.is_floating_point() and not (part == "alpha" and not tensor.is_complex()):
+            raise ValueError(f"{name}: its {part} is {tensor.dtype}, expected floating point numbers.")
+    if "alpha" in parts and parts["alpha"].numel() != 1:
+        raise ValueError(f"{name}: its alpha is {list(parts['alpha'].shape)}, expected one number.")
     alpha = parts["alpha"].item() if "alpha" in parts else parts["A"].shape[0]
     try:
         return LoRALayer(parts["A"], parts["B"], float(alpha))
@@ -140,11 +157,29 @@ def save_lora(
 
 def load_lora(path: Path | str) -> LoRA:
     """Read a LoRA of any layout. FileNotFoundError, or ValueError naming the file and what is wrong in it."""
-    state, metadata = read_safetensors(path)
+    file = open_safetensors(Path(path))
     try:
-        return from_state_dict(state, metadata)
+        _check_names(file)  # before a whole model is read for a LoRA
+        return from_state_dict(dict(each_tensor(path)), file.metadata)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(_with_its_name(path, error)) from error
+
+
+def load_target_layers(path: Path | str) -> tuple[LoRA, tuple[str, ...]]:
+    """What `of_target_layers` gives of a file, of which nothing else is read. Raises as `load_lora`."""
+    file = open_safetensors(Path(path))
+    try:
+        kept, others = _target_layers(file)
+        state = {key: file.tensor(key) for key in kept}
+        for key, tensor in state.items():
+            check_finite(tensor, key)
+        return from_state_dict(state, file.metadata), others
+    except ValueError as error:
+        raise ValueError(_with_its_name(path, error)) from error
+
+
+def _with_its_name(path: Path | str, error: ValueError) -> str:
+    return str(error) if str(error).startswith(str(path)) else f"{path}: {error}"
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], path: Path | str, metadata: Mapping[str, str]) -> None:
@@ -188,26 +223,21 @@ def _sort_metadata(path: Path) -> None:
 
 def read_safetensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, metadata) of a safetensors file. FileNotFoundError, or ValueError naming a damaged file."""
-    with open_safetensors(Path(path)) as handle:
-        return {key: handle.get_tensor(key) for key in handle.keys()}, handle.metadata() or {}
+    file = open_safetensors(Path(path))
+    return {key: file.tensor(key) for key in file}, file.metadata
 
 
 def each_tensor(path: Path | str) -> Iterator[tuple[str, Tensor]]:
-    """(key, tensor) after another of a large safetensors file; copy what you keep.
+    """(key, tensor) after another of a large safetensors file, each in memory of its own.
 
-    The file is mapped anew every 256 MB: what was read and let go does not stay in memory. Raises as
-    `read_safetensors`.
+    What was read and let go does not stay in memory. Raises as `read_safetensors`, also for values that are
+    not numbers.
     """
-    with open_safetensors(Path(path)) as handle:
-        keys = list(handle.keys())
-    while keys:
-        with open_safetensors(Path(path)) as handle:
-            read = 0
-            while keys and read < 2**28:
-                tensor = handle.get_tensor(keys[0])
-                read += tensor.nbytes
-                yield keys.pop(0), tensor
-            del tensor
+    file = open_safetensors(Path(path))
+    for key in file:
+        tensor = file.tensor(key)
+        check_finite(tensor, f"{path}: {key}")
+        yield key, tensor
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,7 @@ It comes as two pickled state dicts, one a stage. Every size is inferred from th
 differently from us (input, modulation, read-out, padding) is configuration: see `RELEASED_DESIGN`.
 """
 
-import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .archives import load_archive
 from .base_models import WAN_KINDS, describe
 from .descriptions import BaseDescription, ConditionDescription, HypernetworkConfig, LayerDescription
 from .hypernetwork import Hypernetwork
+from .numbers import check_finite
 from .steps import UNWATCHED, Watch
 
 RELEASED_DESIGN: dict[str, Any] = {
@@ -112,7 +112,7 @@ def load_released(
         _check_shapes(published, _published_shapes(expected), path)
         for name, shape in watch.each(expected.items(), len(hypernetwork.own_state()), len(tensors)):
             value = _take(published, name).reshape(shape)
-            tensors[f"{stage}.{name}"] = value.to(dtype or value.dtype, copy=True)
+            tensors[f"{stage}.{name}"] = value.to(dtype or value.dtype)
     assert hypernetwork is not None
     return hypernetwork.filled(tensors)
 
@@ -143,26 +143,11 @@ def published_state(hypernetwork: Hypernetwork) -> tuple[dict[str, Tensor], dict
 
 
 def read_stage(path: Path) -> dict[str, Tensor]:
-    """One published file, memory-mapped. Only tensors are unpickled: code in the file is never run.
+    """One published file. It is read as tensors; see archives.py.
 
     Raises FileNotFoundError, or ValueError for anything but a state dict.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file.")
-    if not zipfile.is_zipfile(path):  # the older format, a bare pickle, has not been written since 2020
-        raise ValueError(
-            f"{path}: is not a PyTorch archive, or not a whole one; it was not read. "
-            "Download LoFA_v0's stage1_preview.pth and stage2_preview.pth again."
-        )
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path}: holds something else than tensors; it was not run. "
-            "Download LoFA_v0's stage1_preview.pth and stage2_preview.pth again."
-        ) from error
-    except (RuntimeError, EOFError, KeyError) as error:
-        raise ValueError(f"{path}: is damaged ({error}). Download it again.") from error
+    state = load_archive(path)
     if not isinstance(state, Mapping) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
     ):
@@ -170,6 +155,8 @@ def read_stage(path: Path) -> dict[str, Tensor]:
             f"{path}: is not a state dict of tensors. Expected LoFA_v0's stage1_preview.pth or "
             "stage2_preview.pth."
         )
+    for key, value in state.items():
+        check_finite(value, f"{path}: {key:.200}")
     return dict(state)
 
 

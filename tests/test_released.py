@@ -271,7 +271,7 @@ def an_archive_of_something_else(path):
         (without_a_key, r"broken\.pth: .*1 tensors missing, first \['blocks\.5\.norm2\.bias'\]"),
         (of_another_width, r"broken\.pth: blocks\.5\.norm2\.bias is \[47\], expected \[48\]"),
         (of_whole_numbers, r"broken\.pth: blocks\.5\.norm2\.bias is torch\.int64, expected floating"),
-        (an_archive_of_something_else, r"broken\.pth: is damaged"),
+        (an_archive_of_something_else, r"broken\.pth: is an archive, but not one of PyTorch"),
     ],
 )
 def test_a_file_that_is_not_stage_one_is_named_with_what_was_expected(tmp_path, write, named):

@@ -94,7 +94,7 @@ class Record:
         try:
             values = json.loads(line)
             own = {name: values.pop(name) for name in ("task", "status", "file", "sha256", "loss", "reason")}
-        except (json.JSONDecodeError, KeyError, AttributeError, TypeError):
+        except (ValueError, RecursionError, KeyError, AttributeError, TypeError):
             return None
         return cls(**own, settings=values)
 

@@ -4,7 +4,6 @@ The encoder is CLIP-ViT-L (LoFA sections 4.2 and 4.3) or a smaller one of the sa
 the same states in a CLIP_VISION_OUTPUT. transformers is imported when an encoder is opened.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..documents import read_json
 from .text import quiet
 
 # What CLIP was trained with: its pictures' mean and deviation.
@@ -68,7 +68,7 @@ class CLIPImageEncoder:
                 f"missing ({missing}). Copy the folder again."
             )
         processor = folder / "preprocessor_config.json"
-        values = json.loads(processor.read_text(encoding="utf-8")) if processor.is_file() else {}
+        values = read_json(processor) if processor.is_file() else {}
         mean, deviation = values.get("image_mean", MEAN), values.get("image_std", DEVIATION)
         return cls(model.eval().to(device), model.config.image_size, mean, deviation)
 

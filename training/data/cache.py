@@ -17,8 +17,9 @@ from accelerate.utils import gather_object
 from rich.console import Console
 from rich.progress import track
 
-from lofa_core.base_models import BaseWeights, open_safetensors
+from lofa_core.base_models import BaseWeights
 from lofa_core.lora_files import write_safetensors
+from lofa_core.safetensors_file import open_safetensors
 from lofa_core.whole_files import cleared, write_whole
 
 from ..config import DataConfig
@@ -152,8 +153,7 @@ def read_cached(path: Path) -> tuple[str, Task, tuple[Problem, ...]] | None:
     file.
     """
     try:
-        with open_safetensors(path) as file:
-            metadata = file.metadata()
+        metadata = open_safetensors(path).metadata
     except (FileNotFoundError, ValueError):
         return None
     values = json.loads(metadata["task"])

@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lofa_core.conditions.pose_keypoints import parse_pose
+from lofa_core.documents import read_text
 
 from ..config import DataConfig
 from . import media
@@ -109,7 +110,7 @@ class _Reader:
     def read_line(self, where: str, line: bytes) -> None:
         try:
             values = json.loads(line)  # also decodes it as UTF-8
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             self._skip(where, f"not a line of JSON ({error})")
             return
         if not isinstance(values, dict):
@@ -225,14 +226,6 @@ def check_condition(path: Path, kind: str) -> None:
 def is_document(path: Path) -> bool:
     """Whether a pose is given by its keypoints."""
     return path.suffix.lower() == ".json"
-
-
-def read_text(path: Path) -> str:
-    """A file of UTF-8. Raises ValueError naming it where it is not."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is not UTF-8 ({error}).") from error
 
 
 def lacks(asked: Sequence[str]) -> str:

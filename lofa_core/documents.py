@@ -1,0 +1,32 @@
+"""Reading text and JSON that come from strangers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+MAX_TEXT = 16 * 2**20  # bytes: as Python objects, JSON takes up to 25 times as much
+
+
+def read_text(path: Path, most: int = MAX_TEXT) -> str:
+    """A file of UTF-8, with or without a byte order mark. FileNotFoundError, or ValueError naming the file
+    where it is something else or has more than `most` bytes.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: " + ("is a folder." if path.is_dir() else "no such file."))
+    with path.open("rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"{path}: is larger than the {most // 2**20} MB that are read of such a file.")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not UTF-8 text ({error}).") from error
+
+
+def read_json(path: Path, what: str = "JSON", most: int = MAX_TEXT) -> Any:
+    """What a JSON file holds. As `read_text`; ValueError where it is no JSON, so not `what` it should be."""
+    text = read_text(path, most)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not {what} ({error}).") from error
