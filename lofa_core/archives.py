@@ -16,6 +16,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from .documents import check_is_file
+
 MAX_PARTS = 100_000
 MAX_PICKLE = 16 * 2**20  # bytes; a state dict of 700 tensors has 0.1 million
 _MAX_INSTRUCTIONS = 2_000_000
@@ -71,8 +73,7 @@ def load_archive(path: Path) -> Any:
     Raises FileNotFoundError, or ValueError naming the file where it is no archive, is damaged, holds anything
     else, or expands beyond its own size.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: " + ("is a folder." if path.is_dir() else "no such file."))
+    check_is_file(path)
     size = path.stat().st_size
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:

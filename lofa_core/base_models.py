@@ -160,9 +160,15 @@ class BaseWeights:
     model: BaseModel
 
     def __init__(
-        self, shapes: Mapping[str, Sequence[int]], read: Callable[[str, int | None], Tensor]
+        self,
+        shapes: Mapping[str, Sequence[int]],
+        read: Callable[[str, int | None], Tensor],
+        where: str = "this base model",
     ) -> None:
-        """`read(key, rows)` gives a tensor, or its first `rows` rows. Users call `open` or `from_tensors`."""
+        """`read(key, rows)` gives a tensor, or its first `rows` rows; `where` is what errors call the whole.
+        Users call `open` or `from_tensors`.
+        """
+        self._where = where
         self.model = describe(shapes)
         self._read = read
         self._scales = {
@@ -190,7 +196,7 @@ class BaseWeights:
             return opened.tensor(key) if rows is None else opened.rows(key, 0, rows)
 
         try:
-            return cls(shapes, read)
+            return cls(shapes, read, str(path))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
@@ -218,11 +224,11 @@ class BaseWeights:
             scale = self._read(self._scales[layer.key], None)
         if not weight.is_floating_point() or (scale is not None and scale.numel() != 1):
             raise ValueError(
-                f"{layer.key} is quantised in blocks ({weight.dtype}): its values cannot be read one by one. "
+                f"{self._where}: {layer.key} is quantised in blocks ({weight.dtype}): its values cannot be read one by one. "
                 "Give the bf16, fp16 or fp8 file of this base model."
             )
         weight = weight if scale is None else weight.float() * scale.float().reshape(())
-        check_finite(weight, f"{layer.key} of this base model")
+        check_finite(weight, f"{self._where}: {layer.key}")
         return weight
 
     def fingerprint(self) -> str:

@@ -7,12 +7,17 @@ from typing import Any
 MAX_TEXT = 16 * 2**20  # bytes: as Python objects, JSON takes up to 25 times as much
 
 
+def check_is_file(path: Path) -> None:
+    """FileNotFoundError where there is none; opening a pipe or a device could wait for ever."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file" + (", but a folder." if path.is_dir() else "."))
+
+
 def read_text(path: Path, most: int = MAX_TEXT) -> str:
     """A file of UTF-8, with or without a byte order mark. FileNotFoundError, or ValueError naming the file
     where it is something else or has more than `most` bytes.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: " + ("is a folder." if path.is_dir() else "no such file."))
+    check_is_file(path)
     with path.open("rb") as file:
         data = file.read(most + 1)
     if len(data) > most:

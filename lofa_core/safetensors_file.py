@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .documents import check_is_file
+
 MAX_HEADER = 16 * 2**20  # bytes; a Flux or SDXL checkpoint with 2,500 tensors has 0.3 million
 MAX_TENSORS = 100_000
 MAX_NAME = 1000  # characters
@@ -140,9 +142,8 @@ def open_safetensors(path: Path) -> SafetensorsFile:
 
 
 def _opened(path: Path) -> Any:
-    """Unbuffered. A pipe or a device would let us wait for ever: only files are opened."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: " + ("is a folder." if path.is_dir() else "no such file."))
+    """Unbuffered."""
+    check_is_file(path)
     return path.open("rb", buffering=0)
 
 
