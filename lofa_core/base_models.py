@@ -224,8 +224,8 @@ class BaseWeights:
             scale = self._read(self._scales[layer.key], None)
         if not weight.is_floating_point() or (scale is not None and scale.numel() != 1):
             raise ValueError(
-                f"{self._where}: {layer.key} is quantised in blocks ({weight.dtype}): its values cannot be read one by one. "
-                "Give the bf16, fp16 or fp8 file of this base model."
+                f"{self._where}: {layer.key} is quantised in blocks ({weight.dtype}): its values cannot be "
+                "read one by one. Give the bf16, fp16 or fp8 file of this base model."
             )
         weight = weight if scale is None else weight.float() * scale.float().reshape(())
         check_finite(weight, f"{self._where}: {layer.key}")

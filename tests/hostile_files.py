@@ -216,15 +216,9 @@ def damaged(data: bytes, name: str, chance: random.Random) -> bytes:
     for _ in range(chance.choice((1, 1, 1, 2, 3))):
         try:
             data = chance.choice(_INJURIES[_format(name)])(data, chance)
-        except (
-            ValueError,
-            KeyError,
-            IndexError,
-            TypeError,
-            AttributeError,
-            zipfile.BadZipFile,
-            struct.error,
-        ):
+        except RecursionError:
+            pass  # as deep as it is, it is hostile enough
+        except (ValueError, LookupError, TypeError, AttributeError, zipfile.BadZipFile):
             data = _flip(data, chance)  # it is too far gone to be understood
     return data
 
