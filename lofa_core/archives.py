@@ -5,22 +5,23 @@ data; whatever else a pickle can do does not exist. (torch.load's weights_only r
 lets a file make tensors of any size, and believes what the pickle says of a tensor's length.)
 """
 
+import io
 import math
 import pickletools
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .documents import check_is_file
+from .documents import check_is_file, file_state
 
-MAX_PARTS = 100_000
-MAX_PICKLE = 16 * 2**20  # bytes; a state dict of 700 tensors has 0.1 million
-_MAX_INSTRUCTIONS = 2_000_000
+MAX_DIRECTORY = 4 * 2**20  # bytes of the archive's list of parts; one of 700 parts has 0.1 million
+MAX_PICKLE = 16 * 2**20  # bytes; of a state dict of 700 tensors 0.1 million
+_MAX_INSTRUCTIONS = 500_000  # a state dict takes about 25 for a tensor
 
 _STORAGES = {
     "torch DoubleStorage": torch.float64,
@@ -74,61 +75,73 @@ def load_archive(path: Path) -> Any:
     else, or expands beyond its own size.
     """
     check_is_file(path)
-    size = path.stat().st_size
     try:
-        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-            parts = {entry.filename: entry for entry in _checked(path, archive.infolist(), size)}
-            described = [name for name in parts if name.endswith("/data.pkl")]
-            if len(described) != 1 or parts[described[0]].file_size > MAX_PICKLE:
-                raise ValueError(
-                    f"{path}: is an archive, but not one of PyTorch's (it has no data.pkl, or a huge one)."
-                )
-            found = _carried_out(_part(file, parts[described[0]], size))
-            folder = described[0].removesuffix("data.pkl")
-            return _Filled(file, parts, folder, size).value(found)
+        with _Frugal(io.FileIO(path)) as file:
+            state = file_state(file)
+            parts = _parts(file, state.size)
+            (described,) = (name for name in parts if name.endswith("/data.pkl"))
+            found = _carried_out(_part(file, parts[described], state.size))
+            values = _Filled(file, parts, described.removesuffix("data.pkl"), state.size).value(found)
+            if file_state(file) != state:
+                raise _Damaged("it was changed while it was read")
+            return values
     except _Refused as error:
         raise ValueError(
             f"{path}: holds something else than tensors ({error}); it was not run. Get it again."
         ) from error
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path}: is not a PyTorch archive, or not a whole one; it was not read ({str(error)[:200]}). "
-            "Get it again."
-        ) from error
     except _Damaged as error:
-        raise ValueError(f"{path}: is damaged ({error}). Get it again.") from error
+        raise ValueError(f"{path}: is no whole PyTorch archive ({error}). Get it again.") from error
 
 
 class _Damaged(Exception):
-    """What the archive says of itself does not fit together."""
+    """It is no archive, or what it says of itself does not fit together."""
 
 
-def _checked(path: Path, entries: list[zipfile.ZipInfo], size: int) -> list[zipfile.ZipInfo]:
-    """The parts, where by their declared sizes they are no larger than the file."""
+class _Frugal(io.BufferedReader):
+    """What zipfile reads an archive's list of parts from: at once, to make objects of 15 times its size."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > MAX_DIRECTORY:
+            raise _Damaged(f"its list of parts is {size} bytes long, at most {MAX_DIRECTORY} are read")
+        return super().read(size if size is not None and size >= 0 else MAX_DIRECTORY)
+
+
+def _parts(file: io.BufferedReader, size: int) -> dict[str, zipfile.ZipInfo]:
+    """The parts by name, where by their declared sizes they are no larger than the file."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError, OSError) as error:
+        raise _Damaged(f"{error!s:.200}") from error
     declared = sum(entry.file_size for entry in entries)
     packed = any(e.compress_type != zipfile.ZIP_STORED or e.file_size != e.compress_size for e in entries)
     if packed or declared > size:
-        raise ValueError(
-            f"{path}: is compressed and would expand to {declared} bytes, the file has {size}. PyTorch does "
-            "not compress what it saves; it was not read."
+        raise _Damaged(
+            f"it is compressed and would expand to {declared} bytes, the file has {size}; PyTorch does not "
+            "compress what it saves, and it was not read"
         )
-    if len(entries) > MAX_PARTS or len({entry.filename for entry in entries}) < len(entries):
-        raise ValueError(f"{path}: holds {len(entries)} parts, or one of them twice; it was not read.")
-    return entries
+    parts = {entry.filename: entry for entry in entries}
+    if len(parts) < len(entries):
+        raise _Damaged("a part is there twice")
+    if sum(name.endswith("/data.pkl") for name in parts) != 1:
+        raise _Damaged("it has no data.pkl, or several")
+    return parts
 
 
-def _part(file: BinaryIO, entry: zipfile.ZipInfo, size: int) -> bytes:
+def _part(file: io.BufferedReader, entry: zipfile.ZipInfo, size: int) -> bytes:
     start = _start(file, entry)
+    if entry.file_size > MAX_PICKLE or start + entry.file_size > size:
+        raise _Damaged(f"{entry.filename[:60]!r} is {entry.file_size} bytes long")
+    data = bytearray(entry.file_size)
     file.seek(start)
-    data = file.read(entry.file_size) if start + entry.file_size <= size else b""
-    if len(data) < entry.file_size:
-        raise _Damaged(f"{entry.filename[:60]!r} ends after the file")
-    return data
+    if file.readinto(data) < len(data):
+        raise _Damaged("it was cut short while it was read")
+    return bytes(data)
 
 
-def _start(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
+def _start(file: io.BufferedReader, entry: zipfile.ZipInfo) -> int:
     """Where a part's bytes begin: after its own header, whose length only that says."""
-    file.seek(entry.header_offset)
+    file.seek(max(entry.header_offset, 0))
     header = file.read(30)
     if len(header) < 30 or header[:4] != b"PK\3\4":
         raise _Damaged(f"{entry.filename[:60]!r} is not where it should be")
@@ -142,7 +155,7 @@ def _carried_out(data: bytes) -> Any:
     try:
         for number, (instruction, argument, _) in enumerate(pickletools.genops(data)):
             if number > _MAX_INSTRUCTIONS:
-                raise _Refused("it has millions of instructions")
+                raise _Refused(f"it has more than {_MAX_INSTRUCTIONS} instructions")
             machine.do(instruction.name, argument)
         (found,) = machine.stack
     except _Refused:
@@ -217,11 +230,15 @@ class _Machine:
         return items[::-1]
 
     def _put(self, items: list[Any]) -> None:
-        """Add values to the list or dict that is on top of the stack."""
+        """Add values to the list or dict that is on top of the stack. Other keys than these are refused before
+        they are hashed: Python has no end to the hashing of tuples in tuples but that of the process.
+        """
         target = self.stack[-1]
         if isinstance(target, list):
             target.extend(items)
         elif isinstance(target, dict):
+            if not all(isinstance(key, str | int | None) for key in items[::2]):
+                raise _Refused("a key that is no name")
             target.update(zip(items[::2], items[1::2], strict=True))
         else:
             raise TypeError("it adds to something that is no dict or list")
@@ -235,8 +252,8 @@ def _storage(described: Any) -> _Storage:
 
 
 def _called(function: Any, arguments: Any) -> Any:
-    if function == _Name(_DICT):
-        return dict(*arguments)
+    if function == _Name(_DICT) and arguments == ():
+        return {}
     if function == _Name(_PARAMETER):
         return arguments[0]
     if function != _Name(_TENSOR):
@@ -257,7 +274,7 @@ def _called(function: Any, arguments: Any) -> Any:
 class _Filled:
     """The described values with their tensors read, each no larger than its part of the archive."""
 
-    def __init__(self, file: BinaryIO, parts: dict[str, zipfile.ZipInfo], folder: str, size: int) -> None:
+    def __init__(self, file: io.BufferedReader, parts: dict[str, zipfile.ZipInfo], folder: str, size: int) -> None:
         self.file, self.parts, self.folder, self.size = file, parts, folder, size
         self.left = 4 * size  # bytes that may be read; some files name a tensor twice
 
@@ -267,17 +284,12 @@ class _Filled:
         if isinstance(found, _Stored):
             return self.tensor(found)
         if isinstance(found, dict):
-            return {self._key(key): self.value(item, depth + 1) for key, item in self._few(found.items())}
+            return {key: self.value(item, depth + 1) for key, item in self._few(found.items())}
         if isinstance(found, list | tuple):
             return type(found)(self.value(item, depth + 1) for item in self._few(found))
         if isinstance(found, _Name | _Storage) or found is _MARK:
             raise _Refused("something that is no value")
         return found
-
-    def _key(self, key: Any) -> Any:
-        if not isinstance(key, str | int | None):
-            raise _Refused("a key that is no name")
-        return key
 
     def _few(self, items: Any) -> Iterator[Any]:
         """The items; each takes of what may be read, so that lists named many times end somewhere."""
@@ -301,7 +313,7 @@ class _Filled:
         self._take(length)
         data = torch.empty(length, dtype=torch.uint8)
         self.file.seek(_start(self.file, entry) + first)
-        if self.file.readinto(memoryview(data.numpy())) < length:  # type: ignore[attr-defined]
+        if self.file.readinto(data.numpy().data) < length:
             raise _Damaged("it was cut short, perhaps while it was read")
         numbers = data.ne(0) if dtype == torch.bool else data.view(dtype)
         return numbers.as_strided(stored.shape, stored.stride).contiguous()

@@ -1,8 +1,9 @@
 """Reading text and JSON that come from strangers."""
 
 import json
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 MAX_TEXT = 16 * 2**20  # bytes: as Python objects, JSON takes up to 25 times as much
 
@@ -11,6 +12,26 @@ def check_is_file(path: Path) -> None:
     """FileNotFoundError where there is none; opening a pipe or a device could wait for ever."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file" + (", but a folder." if path.is_dir() else "."))
+
+
+def shown(text: str, most: int = 500) -> str:
+    """A stranger's words as an error can show them: printable, and not too many."""
+    cut = text if len(text) <= most else text[:most] + "..."
+    return cut if cut.isprintable() else repr(cut)[1:-1]
+
+
+class FileState(NamedTuple):
+    """What changes where an open file is written to or cut short."""
+
+    size: int  # bytes
+    changed: int  # nanoseconds
+    device: int
+    inode: int
+
+
+def file_state(file: BinaryIO) -> FileState:
+    found = os.fstat(file.fileno())
+    return FileState(found.st_size, found.st_mtime_ns, found.st_dev, found.st_ino)
 
 
 def read_text(path: Path, most: int = MAX_TEXT) -> str:

@@ -97,7 +97,8 @@ def of_target_layers(
 
 def _target_layers(keys: Collection[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(the keys of a LoRA of target layers, all others)."""
-    kept, others = [], []
+    kept: list[str] = []
+    others: list[str] = []
     for key in keys:
         known = any(key.endswith(suffix) for suffix in SUFFIXES) and canonical_name(_split(key)[0])
         (kept if known else others).append(key)

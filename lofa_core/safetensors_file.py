@@ -6,16 +6,16 @@ mapped: where a mapped file is cut short by somebody else, the whole process die
 
 import json
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .documents import check_is_file
+from .documents import FileState, check_is_file, file_state
 
 MAX_HEADER = 16 * 2**20  # bytes; a Flux or SDXL checkpoint with 2,500 tensors has 0.3 million
 MAX_TENSORS = 100_000
@@ -65,7 +65,7 @@ class SafetensorsFile:
     """A file whose header is sound. It is not kept open: each reading checks that it is still the same."""
 
     def __init__(
-        self, path: Path, entries: dict[str, Entry], metadata: dict[str, str], state: tuple[int, ...]
+        self, path: Path, entries: dict[str, Entry], metadata: dict[str, str], state: FileState
     ) -> None:
         self.path, self.metadata = path, metadata
         self._entries, self._state = entries, state
@@ -74,7 +74,7 @@ class SafetensorsFile:
         """The tensors' names, in the file's order."""
         return list(self._entries)
 
-    def __contains__(self, key: str) -> bool:
+    def __contains__(self, key: object) -> bool:
         return key in self._entries
 
     def __iter__(self) -> Iterator[str]:
@@ -122,8 +122,8 @@ class SafetensorsFile:
             raise MemoryError(f"{self.path}: {key} does not fit into memory.") from error
         with _opened(self.path) as file:
             file.seek(start)
-            whole = file.readinto(memoryview(data.numpy())) == data.numel()
-            if not whole or _state(file.fileno()) != self._state:
+            whole = file.readinto(data.numpy().data) == data.numel()
+            if not whole or file_state(file) != self._state:
                 raise ValueError(f"{self.path} was changed while it was read. Wait, and read it again.")
         return data.ne(0).view(shape) if dtype == torch.bool else data.view(dtype).view(shape)
 
@@ -131,9 +131,9 @@ class SafetensorsFile:
 def open_safetensors(path: Path) -> SafetensorsFile:
     """Read and check a file's header. FileNotFoundError, or ValueError naming the file and what is wrong."""
     with _opened(path) as file:
-        state = _state(file.fileno())
+        state = file_state(file)
         try:
-            entries, metadata = _header(file, state[0])
+            entries, metadata = _header(file, state.size)
         except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"{path} is not a whole safetensors file ({_brief(error)}). Get or make it again."
@@ -141,19 +141,12 @@ def open_safetensors(path: Path) -> SafetensorsFile:
     return SafetensorsFile(path, entries, metadata, state)
 
 
-def _opened(path: Path) -> Any:
-    """Unbuffered."""
+def _opened(path: Path) -> BufferedReader:
     check_is_file(path)
-    return path.open("rb", buffering=0)
+    return path.open("rb")
 
 
-def _state(descriptor: int) -> tuple[int, ...]:
-    """Size, and what changes with the content."""
-    found = os.fstat(descriptor)
-    return found.st_size, found.st_mtime_ns, found.st_dev, found.st_ino
-
-
-def _header(file: Any, size: int) -> tuple[dict[str, Entry], dict[str, str]]:
+def _header(file: BufferedReader, size: int) -> tuple[dict[str, Entry], dict[str, str]]:
     length = int.from_bytes(file.read(8), "little")
     if size < 8:
         raise ValueError("it is shorter than a header" if size else "it is empty")
@@ -165,7 +158,8 @@ def _header(file: Any, size: int) -> tuple[dict[str, Entry], dict[str, str]]:
     if len(raw) < length or raw[:1] != b"{":
         raise ValueError("it has no header")
     values = json.loads(raw.decode("utf-8"), object_pairs_hook=_Unique(), parse_constant=_refuse)
-    metadata = values.pop("__metadata__", None) or {}
+    metadata = values.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise ValueError("its metadata is not text by name")
     "".join([*metadata, *metadata.values()]).encode("utf-8")  # half a surrogate pair cannot be shown or saved

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -96,7 +96,12 @@ class Record:
             own = {name: values.pop(name) for name in ("task", "status", "file", "sha256", "loss", "reason")}
         except (ValueError, RecursionError, KeyError, AttributeError, TypeError):
             return None
-        return cls(**own, settings=values)
+        texts = [own["task"], *(own[name] for name in ("file", "sha256", "reason") if own[name] is not None)]
+        number = own["loss"] is None or type(own["loss"]) in (int, float)
+        beside = own["file"] is None or not set("/\\\0") & set(str(own["file"]))  # datasets are passed on
+        if not all(isinstance(text, str) for text in texts) or not number or not beside:
+            return None
+        return cls(**own, settings=values) if own["status"] in get_args(Status) else None
 
 
 class LoRAFolder:

@@ -150,17 +150,17 @@ def key_of(task: Task, config: DataConfig, made_with: str) -> str:
 
 def read_cached(path: Path) -> tuple[str, Task, tuple[Problem, ...]] | None:
     """(key, the task with the clips that are in the file, what was left out); None where there is no whole
-    file.
+    file of this kind.
     """
     try:
         metadata = open_safetensors(path).metadata
-    except (FileNotFoundError, ValueError):
+        values = json.loads(metadata["task"])
+        clips = tuple(Clip(**clip) for clip in values.pop("clips"))
+        values |= {kind: tuple(values[kind]) for kind in CONDITION_FILES}
+        problems = tuple(Problem(**problem) for problem in json.loads(metadata["problems"]))
+        return metadata["key"], Task(clips=clips, **values), problems
+    except (FileNotFoundError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
         return None
-    values = json.loads(metadata["task"])
-    clips = tuple(Clip(**clip) for clip in values.pop("clips"))
-    values |= {kind: tuple(values[kind]) for kind in CONDITION_FILES}
-    problems = tuple(Problem(**problem) for problem in json.loads(metadata["problems"]))
-    return metadata["key"], Task(clips=clips, **values), problems
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lofa_core.conditions.pose_keypoints import parse_pose
-from lofa_core.documents import read_text
+from lofa_core.documents import read_text, shown
 
 from ..config import DataConfig
 from . import media
@@ -52,10 +52,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that was left out: a file, a line or a task, and why."""
+    """Something that was left out: a file, a line or a task, and why, in words that can be shown."""
 
     what: str
     reason: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "what", shown(self.what))
+        object.__setattr__(self, "reason", shown(self.reason))
 
 
 @dataclass(frozen=True)
