@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .documents import check_is_file, file_state
+from .safetensors_file import MAX_NAME
 
 MAX_DIRECTORY = 4 * 2**20  # bytes of the archive's list of parts; one of 700 parts has 0.1 million
 MAX_PICKLE = 16 * 2**20  # bytes; of a state dict of 700 tensors 0.1 million
@@ -237,11 +238,17 @@ class _Machine:
         if isinstance(target, list):
             target.extend(items)
         elif isinstance(target, dict):
-            if not all(isinstance(key, str | int | None) for key in items[::2]):
+            if not all(_is_name(key) for key in items[::2]):
                 raise _Refused("a key that is no name")
             target.update(zip(items[::2], items[1::2], strict=True))
         else:
             raise TypeError("it adds to something that is no dict or list")
+
+
+def _is_name(key: Any) -> bool:
+    return isinstance(key, int | None) or (
+        isinstance(key, str) and len(key) <= MAX_NAME and key.isprintable()
+    )
 
 
 def _storage(described: Any) -> _Storage:
@@ -274,7 +281,9 @@ def _called(function: Any, arguments: Any) -> Any:
 class _Filled:
     """The described values with their tensors read, each no larger than its part of the archive."""
 
-    def __init__(self, file: io.BufferedReader, parts: dict[str, zipfile.ZipInfo], folder: str, size: int) -> None:
+    def __init__(
+        self, file: io.BufferedReader, parts: dict[str, zipfile.ZipInfo], folder: str, size: int
+    ) -> None:
         self.file, self.parts, self.folder, self.size = file, parts, folder, size
         self.left = 4 * size  # bytes that may be read; some files name a tensor twice
 

@@ -5,9 +5,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from .conditions import Conditions, Given
@@ -17,10 +15,11 @@ from .conditions.text import TextEncoder, check_prompt
 from .descriptions import KINDS, ConditionDescription
 from .documents import read_json
 from .inspection import CONDITION_KEY
+from .numbers import check_finite
+from .pictures import read_picture
 from .safetensors_file import open_safetensors
 
 _PICTURES = ("style", "identity")
-_LARGEST_PICTURE = 16_384  # pixels a side
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -122,22 +121,6 @@ _ENCODE = {
 }
 
 
-def read_picture(path: Path) -> np.ndarray:
-    """uint8 [H, W, 3]. ValueError naming the file where it is no picture."""
-    try:
-        with Image.open(path) as picture:
-            if max(picture.size) > _LARGEST_PICTURE:
-                raise ValueError(
-                    f"{path}: {picture.size[0]}x{picture.size[1]} pixels; the largest read is "
-                    f"{_LARGEST_PICTURE} a side."
-                )
-            return np.array(picture.convert("RGB"))
-    except FileNotFoundError:
-        raise
-    except (OSError, Image.DecompressionBombError, SyntaxError, OverflowError, EOFError) as error:
-        raise ValueError(f"{path}: not a picture that can be read ({error}). Give a PNG or JPEG.") from error
-
-
 def _encoded(path: Path) -> dict[str, Tensor]:
     """Kind -> tensor of a condition file."""
     file = open_safetensors(path)
@@ -164,8 +147,7 @@ def _check(source: str, tensor: Tensor, known: ConditionDescription) -> None:
             f"{source}: {shape[2]} numbers per token; this hypernetwork takes {known.width}. "
             "Use the encoder that the hypernetwork was trained with."
         )
-    if not bool(torch.isfinite(tensor).all()):
-        raise ValueError(f"{source}: holds values that are not numbers. Encode it again.")
+    check_finite(tensor, source)
 
 
 def _weight(text: str) -> tuple[str, float]:

@@ -34,24 +34,24 @@ def file_state(file: BinaryIO) -> FileState:
     return FileState(found.st_size, found.st_mtime_ns, found.st_dev, found.st_ino)
 
 
-def read_text(path: Path, most: int = MAX_TEXT) -> str:
+def read_text(path: Path) -> str:
     """A file of UTF-8, with or without a byte order mark. FileNotFoundError, or ValueError naming the file
-    where it is something else or has more than `most` bytes.
+    where it is something else or has more than MAX_TEXT bytes.
     """
     check_is_file(path)
     with path.open("rb") as file:
-        data = file.read(most + 1)
-    if len(data) > most:
-        raise ValueError(f"{path}: is larger than the {most // 2**20} MB that are read of such a file.")
+        data = file.read(MAX_TEXT + 1)
+    if len(data) > MAX_TEXT:
+        raise ValueError(f"{path}: is larger than the {MAX_TEXT // 2**20} MB that are read of such a file.")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: is not UTF-8 text ({error}).") from error
 
 
-def read_json(path: Path, what: str = "JSON", most: int = MAX_TEXT) -> Any:
+def read_json(path: Path, what: str = "JSON") -> Any:
     """What a JSON file holds. As `read_text`; ValueError where it is no JSON, so not `what` it should be."""
-    text = read_text(path, most)
+    text = read_text(path)
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:

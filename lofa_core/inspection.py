@@ -193,6 +193,8 @@ def _released_stage(path: Path) -> Description:
 
 def _condition(path: Path) -> Description:
     tensor = open_safetensors(path).tensor(CONDITION_KEY)
+    if tensor.ndim != 3:
+        raise ValueError(f"{path}: {CONDITION_KEY} is {list(tensor.shape)}; expected [1, S, d].")
     return Description(
         "a text condition",
         (

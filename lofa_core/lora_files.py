@@ -131,7 +131,8 @@ def _layer(name: str, parts: dict[str, Tensor]) -> LoRALayer:
             raise ValueError(f"{name}: its {part} is {tensor.dtype}, expected floating point numbers.")
     if "alpha" in parts and parts["alpha"].numel() != 1:
         raise ValueError(f"{name}: its alpha is {list(parts['alpha'].shape)}, expected one number.")
-    alpha = parts["alpha"].item() if "alpha" in parts else parts["A"].shape[0]
+    rank = parts["A"].shape[0] if parts["A"].ndim else 0  # LoRALayer says what is wrong with it
+    alpha = parts["alpha"].item() if "alpha" in parts else rank
     try:
         return LoRALayer(parts["A"], parts["B"], float(alpha))
     except ValueError as error:

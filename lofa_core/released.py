@@ -15,6 +15,7 @@ from torch import Tensor
 from .archives import load_archive
 from .base_models import WAN_KINDS, describe
 from .descriptions import BaseDescription, ConditionDescription, HypernetworkConfig, LayerDescription
+from .header import MAX_BLOCKS, MAX_LAYERS, MAX_SIZE
 from .hypernetwork import Hypernetwork
 from .numbers import check_finite
 from .steps import UNWATCHED, Watch
@@ -77,6 +78,19 @@ _IN_FEATURE_BLOCK = {  # after "trunk.blocks.N." -> after "cross_attn_blocks.N."
     "feature_mlp.0": "mlp.fc1",
     "feature_mlp.2": "mlp.fc2",
     "scales.5": "ls2.gamma",
+}
+# The tensors of Stage II that say how large it is -> their number of sizes.
+_SIZES_FROM = {
+    "patch_embed.proj.weight": 4,
+    "pos.row": 4,
+    "pos.col": 4,
+    "depth_embed.weight": 2,
+    "type_embed.weight": 2,
+    "text_proj.weight": 2,
+    "head_A.weight": 2,
+    "head_B.weight": 2,
+    "blocks.0.self_attn.q_norm.weight": 1,
+    "blocks.0.mlp_sa.fc1.weight": 2,
 }
 _FUSED = ("self_attention.q", "self_attention.kv")  # both are rows of the published self_attn.qkv
 
@@ -190,10 +204,11 @@ def describe_released(
     Raises ValueError where they contradict each other or belong to another base than WAN2.1.
     """
     shape = {key: tuple(value.shape) for key, value in stage2.items()}
-    needed = ("pos.row", "pos.col", "depth_embed.weight", "type_embed.weight", "head_B.weight")
-    for key in (*needed, "blocks.0.self_attn.q_norm.weight", "blocks.0.mlp_sa.fc1.weight"):
+    for key, sides in _SIZES_FROM.items():
         if key not in shape:
             raise ValueError(f"has no {key}, from which its sizes are read. Download it again.")
+        if len(shape[key]) != sides or not all(1 <= side <= MAX_SIZE for side in shape[key]):
+            raise ValueError(f"{key} is {list(shape[key])}, expected {sides} sizes. Download it again.")
     width, _, patch, _ = shape["patch_embed.proj.weight"]
     out_features, in_features = shape["pos.row"][1] * patch, shape["pos.col"][2] * patch
     if out_features != in_features:
@@ -209,10 +224,14 @@ def describe_released(
         raise ValueError(
             f"knows {kinds} types of layers; WAN2.1's text-to-video models have {len(WAN_KINDS)}."
         )
+    if depths * kinds > MAX_LAYERS:
+        raise ValueError(f"is for {depths * kinds} target layers, more than any base model has.")
     numbers = {
-        prefix: [int(match[1]) for key in shape if (match := re.match(rf"{prefix}\.(\d+)\.", key))]
+        prefix: [int(match[1]) for key in shape if (match := re.match(rf"{prefix}\.([0-9]{{1,3}})\.", key))]
         for prefix in ("blocks", "cross_attn_blocks")
     }
+    if max(numbers["blocks"]) >= MAX_BLOCKS:
+        raise ValueError(f"has {1 + max(numbers['blocks'])} blocks, more than any hypernetwork.")
     config = HypernetworkConfig(
         rank=rank,
         grid=(shape["pos.row"][1], shape["pos.col"][2]),

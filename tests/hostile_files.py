@@ -19,13 +19,14 @@ from tiny import CONFIG, POSE, TEXT, base_tensors, describe, network
 
 from lofa_core.base_models import BaseWeights
 from lofa_core.checkpoint import load_generator, save_hypernetwork, save_lora_diffusion
-from lofa_core.command_conditions import read_conditions, read_picture
+from lofa_core.command_conditions import read_conditions
 from lofa_core.descriptions import BaseDescription, ConditionDescription
 from lofa_core.inspection import inspect
 from lofa_core.key_names import LAYOUTS, SDXL_PLACES, SDXL_TARGETS
 from lofa_core.lora import LoRA, LoRALayer
 from lofa_core.lora_diffusion import LoRADiffusion, LoRADiffusionConfig
 from lofa_core.lora_files import load_lora, load_target_layers, save_lora
+from lofa_core.pictures import read_picture
 from lofa_core.released import load_released, published_state
 from lofa_core.safetensors_file import open_safetensors
 from training.config import DataConfig, load_config

@@ -2,10 +2,17 @@
 
 import io
 import json
+import math
+import pickle
 import random
+import re
 import struct
 import zipfile
 from collections.abc import Callable
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 
 RAN = "LOFA_CODE_OF_A_FILE_RAN"  # the variable that code in a file would set
 
@@ -24,6 +31,13 @@ def header_of(data: bytes) -> dict:
     return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
 
 
+# What comes of changing the meaning of a file that has none any more.
+_TOO_FAR_GONE = (
+    *(ValueError, LookupError, TypeError, AttributeError, RuntimeError, OSError, struct.error),
+    *(zipfile.BadZipFile, SafetensorError, pickle.UnpicklingError, EOFError),
+)
+
+
 def damaged(data: bytes, name: str, chance: random.Random) -> bytes:
     """The file with one to three injuries, of its bytes or of what they mean."""
     for _ in range(chance.choice((1, 1, 1, 2, 3))):
@@ -31,8 +45,8 @@ def damaged(data: bytes, name: str, chance: random.Random) -> bytes:
             data = chance.choice(_INJURIES.get(name.rpartition(".")[2], _ANY))(data, chance)
         except RecursionError:
             pass  # as deep as it is, it is hostile enough
-        except (ValueError, LookupError, TypeError, AttributeError, zipfile.BadZipFile):
-            data = _flip(data, chance)  # it is too far gone to be understood
+        except _TOO_FAR_GONE:
+            data = _flip(data, chance)
     return data
 
 
@@ -109,6 +123,51 @@ def _own_header(data: bytes, chance: random.Random) -> bytes:
         first = next(key for key in header if key != "__metadata__")
         header[first] = _json_damage(header[first], chance)
     return with_header(data, json.dumps(header).encode())
+
+
+def _tensors_of(state: dict[str, torch.Tensor], chance: random.Random) -> dict[str, torch.Tensor]:
+    """A state dict with one tensor of another name, shape, dtype or content."""
+    key = chance.choice(list(state))
+    tensor = state.pop(key)
+    numbers = chance.choice((0, 1, 2, 3, 7, 255, 999, 9999, 10**20))
+    renamed = re.sub(r"\d+", str(numbers), key)
+    other = chance.choice((key, key, f"{key}.", key.replace(".", "_"), renamed, *list(state)[:1]))
+    state[other] = chance.choice(_OTHER_TENSORS)(tensor)
+    return state
+
+
+_OTHER_TENSORS: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
+    lambda x: x,
+    lambda x: x.flatten(),
+    lambda x: x.mT.contiguous() if x.ndim > 1 else x[:0],
+    lambda x: x[None],
+    lambda x: x[:-1] if x.ndim else x.reshape(1),
+    lambda x: torch.zeros(0, *x.shape[1:], dtype=x.dtype),
+    lambda x: torch.zeros(2**31, 0),
+    lambda x: torch.zeros(()),
+    lambda x: x.double(),
+    lambda x: x.to(torch.int64),
+    lambda x: x.bool(),
+    lambda x: x.to(torch.float8_e4m3fn),
+    lambda x: x.to(torch.complex64),
+    lambda x: torch.full_like(x, math.nan) if x.is_floating_point() else x,
+    lambda x: torch.full_like(x, math.inf) if x.is_floating_point() else x,
+    lambda x: torch.full_like(x, 1e38, dtype=torch.float32),
+)
+
+
+def _tensor(data: bytes, chance: random.Random) -> bytes:
+    metadata = header_of(data).get("__metadata__")
+    return save(_tensors_of(load(data), chance), metadata)
+
+
+def _stored_tensor(data: bytes, chance: random.Random) -> bytes:
+    found = io.BytesIO()
+    state = torch.load(io.BytesIO(data), weights_only=True)
+    holder = chance.choice([state, *(value for value in state.values() if isinstance(value, dict))])
+    _tensors_of(holder, chance)
+    torch.save(state, found)
+    return found.getvalue()
 
 
 def _twice(data: bytes, chance: random.Random) -> bytes:
@@ -202,12 +261,12 @@ def _code(data: bytes, chance: random.Random) -> bytes:
 
 _ANY = [_flip, _cut, _splice, _noise, _early]
 _INJURIES = {
-    "safetensors": [*_ANY, *[_header] * 6, *[_own_header] * 6, _twice, _length, _not_numbers],
+    "safetensors": [*_ANY, *[_header] * 6, *[_own_header] * 6, *[_tensor] * 6, _twice, _length, _not_numbers],
     "pth": [
         *_ANY,
         *[_in_zip(_flip, ".pkl"), _in_zip(_splice, ".pkl"), _in_zip(_cut), _part_gone, _compressed],
         *[_in_zip(_instruction, ".pkl")] * 4,
-        *[_in_zip(_code, ".pkl"), _code],
+        *[_in_zip(_code, ".pkl"), _code, *[_stored_tensor] * 6],
     ],
     "json": [*_ANY, *[_json_text] * 6, _deep],
     "jsonl": [*_ANY, *[_json_text] * 6, _deep],

@@ -23,7 +23,6 @@ from ..lora_dataset import LoRAFolder, Record
 from .task_folder import ID, TASKS, Clip, Problem, Task, TaskFolder, reason_of, why_not
 
 METADATA = "metadata.json"
-_LARGEST_LISTING = 256 * 2**20  # bytes
 # What an entry of metadata.json holds -> the keys it may stand under; the first that is there counts.
 ENTRY_KEYS = {
     "prompt": ("prompt", "text", "caption"),
@@ -54,7 +53,7 @@ def read_published(folder: Path) -> tuple[tuple[Sample, ...], tuple[Problem, ...
     """
     listing = folder / METADATA
     try:
-        values = read_json(listing, most=_LARGEST_LISTING)
+        values = read_json(listing)
     except FileNotFoundError as error:
         raise ValueError(f"{folder}: no {METADATA} here.") from error
     samples: dict[str, Sample] = {}
