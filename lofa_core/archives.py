@@ -91,7 +91,9 @@ def load_archive(path: Path) -> Any:
             f"{path}: holds something else than tensors ({error}); it was not run. Get it again."
         ) from error
     except _Damaged as error:
-        raise ValueError(f"{path}: is no whole PyTorch archive ({error}). Get it again.") from error
+        raise ValueError(
+            f"{path}: is no whole PyTorch archive ({error}); it was not read. Get it again."
+        ) from error
 
 
 class _Damaged(Exception):
@@ -119,7 +121,7 @@ def _parts(file: io.BufferedReader, size: int) -> dict[str, zipfile.ZipInfo]:
     if packed or declared > size:
         raise _Damaged(
             f"it is compressed and would expand to {declared} bytes, the file has {size}; PyTorch does not "
-            "compress what it saves, and it was not read"
+            "compress what it saves"
         )
     parts = {entry.filename: entry for entry in entries}
     if len(parts) < len(entries):
@@ -231,8 +233,8 @@ class _Machine:
         return items[::-1]
 
     def _put(self, items: list[Any]) -> None:
-        """Add values to the list or dict that is on top of the stack. Other keys than these are refused before
-        they are hashed: Python has no end to the hashing of tuples in tuples but that of the process.
+        """Add values to the list or dict that is on top of the stack. Keys are looked at before they are
+        hashed: hashing tuples in tuples has no end in Python but that of the process.
         """
         target = self.stack[-1]
         if isinstance(target, list):

@@ -215,7 +215,7 @@ class BaseWeights:
     def read(self, layer: TargetLayer) -> Tensor:
         """W [out, in] of a target layer, in the file's dtype; float32 where fp8 values have a separate scale.
 
-        Raises ValueError when the file is quantised in another way, and for values that are not numbers.
+        Raises ValueError when the file is quantised in another way, and for numbers that are not finite.
         """
         weight = self._read(layer.key, None)
         scale = None
@@ -228,7 +228,7 @@ class BaseWeights:
                 "read one by one. Give the bf16, fp16 or fp8 file of this base model."
             )
         weight = weight if scale is None else weight.float() * scale.float().reshape(())
-        check_finite(weight, f"{self._where}: {layer.key}")
+        check_finite(weight, f"{self._where}: {layer.name} of the {self.model.name}")
         return weight
 
     def fingerprint(self) -> str:

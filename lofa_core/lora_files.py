@@ -12,7 +12,7 @@ from torch import Tensor
 from .base_models import BaseModel
 from .key_names import canonical_name, default_layout, layout_name
 from .lora import LoRA, LoRALayer
-from .numbers import check_finite
+from .numbers import check_finite, is_finite
 from .safetensors_file import open_safetensors
 from .whole_files import whole_file
 
@@ -149,7 +149,7 @@ def save_lora(
     """
     state = to_state_dict(lora, layout, dtype)
     for key, tensor in state.items():
-        if not bool(tensor.isfinite().all()):
+        if not is_finite(tensor):
             raise ValueError(
                 f"{path} is not written: {key} is not finite in {str(tensor.dtype).removeprefix('torch.')}. "
                 "Lower the LoRA's strength, or predict it again."
@@ -232,8 +232,8 @@ def read_safetensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str
 def each_tensor(path: Path | str) -> Iterator[tuple[str, Tensor]]:
     """(key, tensor) after another of a large safetensors file, each in memory of its own.
 
-    What was read and let go does not stay in memory. Raises as `read_safetensors`, also for values that are
-    not numbers.
+    What was read and let go does not stay in memory. Raises as `read_safetensors`, also for numbers
+    that are not finite.
     """
     file = open_safetensors(Path(path))
     for key in file:

@@ -9,8 +9,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .documents import check_is_file
-
 # Pillow reads some forty more, among them EPS, for which it would start another program.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 MAX_PIXELS = 45_000_000  # of a camera with 8192 x 5464; a decoded one takes 0.5 GB at most
@@ -23,10 +21,11 @@ _DAMAGED = (
 
 @contextmanager
 def opened_picture(path: Path) -> Iterator[Image.Image]:
-    """A picture, of which nothing but the header is read yet. FileNotFoundError, or ValueError naming the
-    file, also for what is wrong with it while it is read in the context.
+    """A picture, of which nothing but the header is read yet. ValueError naming the file where it is none,
+    also for what turns out while it is read in the context.
     """
-    check_is_file(path)
+    if not path.is_file():  # a pipe or a device could let us wait for ever
+        raise ValueError(f"{path}: no such file.")
     try:
         with Image.open(path, formats=FORMATS) as picture:
             width, height = picture.size
