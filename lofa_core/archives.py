@@ -123,6 +123,8 @@ def _parts(file: io.BufferedReader, size: int) -> dict[str, zipfile.ZipInfo]:
             f"it is compressed and would expand to {declared} bytes, the file has {size}; PyTorch does not "
             "compress what it saves"
         )
+    if not all(0 <= entry.header_offset < size for entry in entries):
+        raise _Damaged("a part lies outside the file")
     parts = {entry.filename: entry for entry in entries}
     if len(parts) < len(entries):
         raise _Damaged("a part is there twice")
@@ -144,7 +146,7 @@ def _part(file: io.BufferedReader, entry: zipfile.ZipInfo, size: int) -> bytes:
 
 def _start(file: io.BufferedReader, entry: zipfile.ZipInfo) -> int:
     """Where a part's bytes begin: after its own header, whose length only that says."""
-    file.seek(max(entry.header_offset, 0))
+    file.seek(entry.header_offset)
     header = file.read(30)
     if len(header) < 30 or header[:4] != b"PK\3\4":
         raise _Damaged(f"{entry.filename[:60]!r} is not where it should be")

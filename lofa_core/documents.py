@@ -2,10 +2,12 @@
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 MAX_TEXT = 16 * 2**20  # bytes: as Python objects, JSON takes up to 25 times as much
+MAX_LINES, MAX_LINE = 250_000, 2**20
 
 
 def check_is_file(path: Path) -> None:
@@ -47,6 +49,23 @@ def read_text(path: Path) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: is not UTF-8 text ({error}).") from error
+
+
+def read_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a long list, one after another. FileNotFoundError, or ValueError naming the file where it
+    has more than MAX_LINES, or one of more than MAX_LINE bytes.
+    """
+    check_is_file(path)
+    with path.open("rb") as file:
+        for number in range(1, MAX_LINES + 1):
+            line = file.readline(MAX_LINE + 1)
+            if not line:
+                return
+            if len(line) > MAX_LINE:
+                raise ValueError(f"{path}: line {number} is longer than the {MAX_LINE} bytes that are read.")
+            yield line
+        if file.read(1):
+            raise ValueError(f"{path}: has more than the {MAX_LINES} lines that are read.")
 
 
 def read_json(path: Path, what: str = "JSON") -> Any:

@@ -8,6 +8,7 @@ import random
 import re
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 
 import torch
@@ -33,7 +34,7 @@ def header_of(data: bytes) -> dict:
 
 # What comes of changing the meaning of a file that has none any more.
 _TOO_FAR_GONE = (
-    *(ValueError, LookupError, TypeError, AttributeError, RuntimeError, OSError, struct.error),
+    *(ValueError, LookupError, TypeError, AttributeError, RuntimeError, OSError, struct.error, zlib.error),
     *(zipfile.BadZipFile, SafetensorError, pickle.UnpicklingError, EOFError),
 )
 

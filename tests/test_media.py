@@ -144,7 +144,7 @@ def broken(folder):
         "gone.mp4": "cannot be decoded as a video",
         "text.png": "cannot be decoded as an image",
         "cut.png": "cannot be decoded as an image",
-        "gone.png": "cannot be decoded as an image",
+        "gone.png": "no such file",
     }
 
 

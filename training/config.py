@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 from lofa_core.descriptions import KINDS, Form, Modulation, Readout, Target, WeightInput
 from lofa_core.documents import read_text
 
+_MAX_TOML, _MAX_DOTS = 2**20, 200  # characters of a file, and dots in a line
 # Names of the reconstruction losses, in training/losses.py.
 RECONSTRUCTIONS = ("factors", "delta", "delta_cosine", "spectral", "canonical")
 
@@ -269,6 +270,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainingConfig:
 def read_toml(path: Path) -> dict[str, Any]:
     """What a TOML file holds. FileNotFoundError, or ValueError naming the file where it is no TOML."""
     text = read_text(path)
+    # Names with thousands of parts take tomllib their square in time and memory.
+    if len(text) > _MAX_TOML or any(line.count(".") > _MAX_DOTS for line in text.splitlines()):
+        raise ValueError(f"{path}: no configuration: it is larger than {_MAX_TOML} characters, or all dots.")
     try:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # a whole number of many digits is a plain ValueError

@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
+from lofa_core.documents import read_lines
 from lofa_core.int8 import packed, unpacked
 from lofa_core.lora import LoRA, LoRALayer
 from lofa_core.lora_files import load_lora, read_safetensors, save_lora, write_safetensors
@@ -89,7 +90,7 @@ class Record:
         return json.dumps(values | settings) + "\n"
 
     @classmethod
-    def read(cls, line: str) -> "Record | None":
+    def read(cls, line: str | bytes) -> "Record | None":
         """A line's record; None for a line that is torn or not a record."""
         try:
             values = json.loads(line)
@@ -119,8 +120,7 @@ class LoRAFolder:
         """The last record of each task, by task id; torn lines are passed over."""
         if not self.manifest.exists():
             return {}
-        lines = self.manifest.read_text(encoding="utf-8", errors="replace").splitlines()
-        found = (Record.read(line) for line in lines)
+        found = (Record.read(line) for line in read_lines(self.manifest))
         return {record.task: record for record in found if record}
 
     def valid(self) -> dict[str, Record]:

@@ -10,6 +10,8 @@ from PIL import Image, ImageOps
 from lofa_core.pictures import opened_picture, rgb
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+# Other formats are lists of further files to open.
+_ONLY = {"format_whitelist": "mov,matroska,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,flv,asf,ogg,gif"}
 _MAX_PIXELS = 2**25  # of a frame; 8K has 33 million
 
 
@@ -129,7 +131,7 @@ def _times(path: Path, last: float) -> list[float]:
 def decoded(path: Path) -> Iterator[av.VideoFrame]:
     """The frames of the first video stream, as they are shown."""
     try:
-        with av.open(str(path), metadata_errors="ignore") as container:
+        with av.open(f"file:{path}", metadata_errors="ignore", options=_ONLY) as container:
             if not container.streams.video:
                 raise ValueError(f"{path}: has no video stream.")
             stream = container.streams.video[0]

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lofa_core.conditions.pose_keypoints import parse_pose
-from lofa_core.documents import read_text, shown
+from lofa_core.documents import read_lines, read_text, shown
 
 from ..config import DataConfig
 from . import media
@@ -84,7 +84,7 @@ def read_task_folder(folder: Path, config: DataConfig) -> TaskFolder:
             '{"id": "wave", "prompt": "a person waves", "clips": [{"file": "wave.mp4"}]}'
         )
     reader = _Reader(folder, config)
-    for number, line in enumerate(listing.read_bytes().split(b"\n"), 1):
+    for number, line in enumerate(read_lines(listing), 1):
         if line.strip():
             reader.read_line(f"{TASKS} line {number}", line)
     tasks, problems = tuple(reader.tasks.values()), tuple(reader.problems)
