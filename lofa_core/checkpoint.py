@@ -168,4 +168,8 @@ def _described(
     for key, shape in shapes.items():
         if expected[key] != shape:
             raise ValueError(f"{path.name}: {key} is {list(shape)}, its header says {list(expected[key])}.")
+        # Eight bits by rows stand for floats; a row's scale is no tensor of the network.
+        floats = key not in tensors or tensors[key].is_floating_point()
+        if floats and not file.is_floating_point(key) and key not in packed_keys:
+            raise ValueError(f"{path.name}: {key} is {file.dtype(key)}, expected floating-point numbers.")
     return network

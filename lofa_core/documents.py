@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-MAX_TEXT = 16 * 2**20  # bytes: as Python objects, JSON takes up to 25 times as much
+MAX_TEXT = 16 * 2**20  # bytes
+MAX_PARTS = 500_000  # lists and objects of JSON: the smallest take thirty times their bytes in memory
 MAX_LINES, MAX_LINE = 250_000, 2**20
 
 
@@ -71,6 +72,8 @@ def read_lines(path: Path) -> Iterator[bytes]:
 def read_json(path: Path, what: str = "JSON") -> Any:
     """What a JSON file holds. As `read_text`; ValueError where it is no JSON, so not `what` it should be."""
     text = read_text(path)
+    if text.count("[") + text.count("{") > MAX_PARTS:
+        raise ValueError(f"{path}: has more than the {MAX_PARTS} lists and objects that are read.")
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -18,7 +18,8 @@ from torch import Tensor
 from .documents import FileState, check_is_file, file_state
 
 MAX_HEADER = 16 * 2**20  # bytes; a Flux or SDXL checkpoint with 2,500 tensors has 0.3 million
-MAX_TENSORS = 100_000
+MAX_TENSORS = 20_000
+_MAX_LISTS = 10 * MAX_TENSORS  # a tensor has two; metadata may be JSON that has some
 MAX_NAME = 1000  # characters
 _MAX_DIMENSIONS = 32
 _MAX_NUMBERS = 2**62
@@ -90,8 +91,8 @@ class SafetensorsFile:
         """As the file names it: "BF16"."""
         return self._entries[key].dtype
 
-    def nbytes(self, key: str) -> int:
-        return self._entries[key].end - self._entries[key].start
+    def is_floating_point(self, key: str) -> bool:
+        return self.dtype(key).startswith(("F", "BF"))
 
     def tensor(self, key: str) -> Tensor:
         """One tensor, in memory of its own. ValueError where the file has changed since it was opened, or
@@ -157,6 +158,8 @@ def _header(file: BufferedReader, size: int) -> tuple[dict[str, Entry], dict[str
     raw = file.read(length)
     if len(raw) < length or raw[:1] != b"{":
         raise ValueError("it has no header")
+    if raw.count(b"[") > _MAX_LISTS:  # each takes twenty times its bytes in memory
+        raise ValueError(f"its header holds more than {_MAX_LISTS} lists")
     values = json.loads(raw.decode("utf-8"), object_pairs_hook=_Unique(), parse_constant=_refuse)
     metadata = values.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata

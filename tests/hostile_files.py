@@ -55,7 +55,7 @@ class Kind:
 def kinds(folder: Path) -> dict[str, Kind]:
     """Every kind of file by its name, written into `folder` too, for some are read beside others."""
     readers: dict[str, Callable[[Path], object]] = {}
-    for write in (_hypernetworks, _bases, _loras, _conditions, _datasets, _media, _configurations):
+    for write in (_hypernetworks, _bases, _loras, _conditions, _media, _datasets, _configurations):
         readers |= write(folder)
     return {name: Kind(name, (folder / name).read_bytes(), read) for name, read in readers.items()}
 
@@ -138,8 +138,7 @@ def _read_condition(option: str, path: Path) -> object:
 def _datasets(folder: Path) -> dict[str, Callable[[Path], object]]:
     record = {"task": "a", "status": "done", "file": "a.safetensors", "sha256": "0", "loss": 0.1}
     (folder / "manifest.jsonl").write_text(json.dumps(record | {"reason": None}) + "\n")
-    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(folder / "wave.png")
-    tasks = '{"id": "wave", "prompt": "waves", "clips": [{"file": "wave.png"}]}\n'
+    tasks = '{"id": "wave", "prompt": "waves", "clips": [{"file": "picture.png"}]}\n'
     (folder / "tasks.jsonl").write_text(tasks)
     state = {f"{name}.lora_{part}.weight": torch.randn(2, 2) for name in _LORA for part in "AB"}
     torch.save(state, folder / "lora.pth")

@@ -121,7 +121,7 @@ def _own_header(data: bytes, chance: random.Random) -> bytes:
         own = _json_damage(json.loads(header["__metadata__"]["lofa"]), chance)
         header["__metadata__"]["lofa"] = json.dumps(own)
     else:
-        first = next(key for key in header if key != "__metadata__")
+        first = [key for key in header if key != "__metadata__"][0]
         header[first] = _json_damage(header[first], chance)
     return with_header(data, json.dumps(header).encode())
 

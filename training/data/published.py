@@ -14,9 +14,10 @@ from torch import Tensor
 
 from lofa_core.archives import load_archive
 from lofa_core.base_models import TargetLayer
-from lofa_core.documents import read_json
+from lofa_core.documents import MAX_LINES, read_json
 from lofa_core.lora import LoRA
 from lofa_core.lora_files import from_state_dict
+from lofa_core.numbers import check_finite
 
 from ..config import DataConfig
 from ..lora_dataset import LoRAFolder, Record
@@ -143,6 +144,8 @@ def _entries(listing: Path, values: Any) -> list[tuple[str, Any]]:
             if isinstance(values.get(key), list):
                 values = values[key]
                 break
+    if isinstance(values, dict | list) and len(values) > MAX_LINES:
+        raise ValueError(f"{listing}: has {len(values)} entries, at most {MAX_LINES} are read.")
     if isinstance(values, dict):
         return list(values.items())
     if isinstance(values, list):
@@ -214,6 +217,7 @@ def read_lora(path: Path) -> LoRA:
             raise ValueError(
                 f"{path}: {key!r} holds a {type(value).__name__}; expected a state dict of tensors."
             )
+        check_finite(value, f"{path}: {key}")
     try:
         return from_state_dict(values)
     except ValueError as error:

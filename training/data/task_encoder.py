@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lofa_core.conditions.image import CLIPImageEncoder
 from lofa_core.conditions.pose import pose_from_keypoints, resample_frames
-from lofa_core.documents import read_text
+from lofa_core.documents import read_json
 from lofa_core.safetensors_file import open_safetensors
 
 from ..config import DataConfig
@@ -153,7 +153,7 @@ class TaskEncoder:
         config = self.config
         size = config.pose_frames, config.pose_size, config.pose_size
         if is_document(path):
-            drawn = pose_from_keypoints(read_text(path), *size)
+            drawn = pose_from_keypoints(read_json(path), *size)
         elif config.pose_models:
             clip = media.read_clip(path, config.frames, config.height, config.width, config.fps)
             looked_at = np.unique(np.linspace(0, len(clip) - 1, config.pose_frames).round().astype(int))

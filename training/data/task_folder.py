@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lofa_core.conditions.pose_keypoints import parse_pose
-from lofa_core.documents import read_lines, read_text, shown
+from lofa_core.documents import read_json, read_lines, shown
 
 from ..config import DataConfig
 from . import media
@@ -220,7 +220,7 @@ def why_not(folder: Path, file: str) -> str | None:
 def check_condition(path: Path, kind: str) -> None:
     """Look into a file that shows a pose, a style or a person. Raises ValueError where it cannot be used."""
     if kind == "pose" and is_document(path):
-        parse_pose(read_text(path))
+        parse_pose(read_json(path))
     elif kind != "pose" and not media.is_image(path):
         raise ValueError(f"is no picture; expected {', '.join(media.IMAGES)} for a {kind}")
     else:
