@@ -30,7 +30,7 @@ WEIGHTS = [name for name in NAMES if name.endswith((".safetensors", ".pth")) and
 HEADERS = [name for name in WEIGHTS if name.endswith(".safetensors")]
 ARCHIVES = [name for name in WEIGHTS if name.endswith(".pth")]
 # A dataset without a manifest is one where nothing is made yet; a damaged cache is made anew. Lines and
-# TOML's keys are whole wherever they end, and FFmpeg and Pillow show what is there of some clips and pictures.
+# TOML's keys are whole wherever they end; FFmpeg and Pillow show what is there of some clips and pictures.
 ABSENT_IS_NONE = {"manifest.jsonl", "cached.safetensors"}
 ENDS_ANYWHERE = ABSENT_IS_NONE | {name for name in NAMES if name.endswith((".toml", ".jsonl"))} | {"clip.mp4"}
 
