@@ -39,11 +39,14 @@ _TOO_FAR_GONE = (
 )
 
 
-def damaged(data: bytes, name: str, chance: random.Random) -> bytes:
+def damaged(sound: bytes, name: str, chance: random.Random) -> bytes:
     """The file with one to three injuries, of its bytes or of what they mean."""
+    data = sound
     for _ in range(chance.choice((1, 1, 1, 2, 3))):
         try:
-            data = chance.choice(_INJURIES.get(name.rpartition(".")[2], _ANY))(data, chance)
+            injury = chance.choice(_INJURIES.get(name.rpartition(".")[2], _ANY))
+            # PyTorch and safetensors are asked for tensors of sound files only.
+            data = injury(sound if injury in (_tensor, _stored_tensor) else data, chance)
         except RecursionError:
             pass  # as deep as it is, it is hostile enough
         except _TOO_FAR_GONE:
