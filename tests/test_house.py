@@ -27,7 +27,7 @@ CORE_EXTRAS = {
     "lofa_core/console.py": {"rich"},
     "lofa_core/pictures.py": {"PIL"},
     "lofa_core/conditions/text.py": {"transformers", "sentencepiece"},
-    "lofa_core/conditions/image.py": {"transformers"},
+    "lofa_core/conditions/pretrained.py": {"transformers"},
     "lofa_core/conditions/pose_drawing.py": {"cv2"},
     "lofa_core/command_evaluate.py": {"rich"},
     "lofa_core/metrics/clips.py": {"cv2"},
