@@ -75,15 +75,11 @@ class CLIPImageEncoder:
 
 
 def _three(values: Any, what: str) -> Sequence[float]:
-    kinds = {type(value) for value in values} if isinstance(values, list | tuple) else set()
-    if (
-        not kinds
-        or not kinds <= {int, float}
-        or len(values) != 3
-        or not all(0 < value < 100 for value in values)
-    ):
+    given = values if isinstance(values, list | tuple) else ()
+    numbers = [value for value in given if type(value) in (int, float) and 0 < value < 100]
+    if len(numbers) != 3 or len(given) != 3:
         raise ValueError(f"{what} is {values!r:.60}; expected three numbers above 0.")
-    return values
+    return numbers
 
 
 def middle_square(picture: np.ndarray, size: int, shorter: int | None = None) -> Tensor:

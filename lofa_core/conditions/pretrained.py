@@ -22,8 +22,8 @@ _DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, Runtime
 
 
 def open_pretrained(kind: str, folder: Path, what: str, **options: Any) -> Any:
-    """The model of this class of transformers, for evaluation. Weights are read from .safetensors alone: other
-    files may hold code.
+    """The model of this class of transformers, for evaluation. Weights are read from .safetensors alone:
+    other files may hold code.
 
     Raises FileNotFoundError, or ValueError naming the folder where it does not hold `what` as a whole, or
     where transformers is missing.
@@ -42,14 +42,14 @@ def open_pretrained(kind: str, folder: Path, what: str, **options: Any) -> Any:
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:3])
         raise ValueError(
-            f"{folder}: not a complete {what}, {len(report['missing_keys'])} tensors are missing ({missing}). "
-            "Copy the folder again."
+            f"{folder}: not a complete {what}, {len(report['missing_keys'])} tensors are missing "
+            f"({missing}). Copy the folder again."
         )
     return model.eval()
 
 
 def check_sizes(config: Path) -> None:
-    """Raises FileNotFoundError, or ValueError where a configuration's sizes are none that a model could have."""
+    """Raises FileNotFoundError, or ValueError where a configuration's sizes are none of a model."""
     values = read_json(config, "a model's configuration")
     for part in [values, *(values.values() if isinstance(values, dict) else ())]:
         for name in _SIZES & part.keys() if isinstance(part, Mapping) else ():
