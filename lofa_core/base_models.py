@@ -1,7 +1,6 @@
 """Target layers of each base model, found from the names and shapes in a state dict, and their weights."""
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .documents import read_json
 from .key_names import SDXL_PLACES, SDXL_TARGETS, WAN_TARGETS, canonical_name
+from .numbers import check_finite
+from .safetensors_file import SafetensorsFile, open_safetensors
 
 WAN_KINDS = (
     *("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o"),
@@ -154,14 +155,20 @@ def _all_of(names: Iterable[str], found: dict[str, TargetLayer], base: str) -> t
 
 
 class BaseWeights:
-    """The target weights of a base model, read one at a time; a file is memory-mapped, never read whole."""
+    """The target weights of a base model, read one at a time; a file is never read whole."""
 
     model: BaseModel
 
     def __init__(
-        self, shapes: Mapping[str, Sequence[int]], read: Callable[[str, int | None], Tensor]
+        self,
+        shapes: Mapping[str, Sequence[int]],
+        read: Callable[[str, int | None], Tensor],
+        where: str = "this base model",
     ) -> None:
-        """`read(key, rows)` gives a tensor, or its first `rows` rows. Users call `open` or `from_tensors`."""
+        """`read(key, rows)` gives a tensor, or its first `rows` rows; `where` is what errors call the whole.
+        Users call `open` or `from_tensors`.
+        """
+        self._where = where
         self.model = describe(shapes)
         self._read = read
         self._scales = {
@@ -179,20 +186,17 @@ class BaseWeights:
         """
         path = Path(path)
         files = _files_of(path)
-        where: dict[str, Path] = {}
-        shapes: dict[str, Sequence[int]] = {}
-        for file in files:
-            with open_safetensors(file) as handle:
-                where |= dict.fromkeys(handle.keys(), file)
-                shapes |= {key: handle.get_slice(key).get_shape() for key in handle.keys()}
+        where: dict[str, SafetensorsFile] = {}
+        for opened in map(open_safetensors, files):
+            where |= dict.fromkeys(opened, opened)
+        shapes = {key: opened.shape(key) for key, opened in where.items()}
 
         def read(key: str, rows: int | None) -> Tensor:
-            # Mapped anew each time: a mapping ends with its tensor, so what was read does not stay in memory.
-            with open_safetensors(where[key]) as handle:
-                return handle.get_tensor(key) if rows is None else handle.get_slice(key)[:rows]
+            opened = where[key]
+            return opened.tensor(key) if rows is None else opened.rows(key, 0, rows)
 
         try:
-            return cls(shapes, read)
+            return cls(shapes, read, str(path))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
@@ -211,7 +215,7 @@ class BaseWeights:
     def read(self, layer: TargetLayer) -> Tensor:
         """W [out, in] of a target layer, in the file's dtype; float32 where fp8 values have a separate scale.
 
-        Raises ValueError when the file is quantised in another way.
+        Raises ValueError when the file is quantised in another way, and for numbers that are not finite.
         """
         weight = self._read(layer.key, None)
         scale = None
@@ -220,10 +224,12 @@ class BaseWeights:
             scale = self._read(self._scales[layer.key], None)
         if not weight.is_floating_point() or (scale is not None and scale.numel() != 1):
             raise ValueError(
-                f"{layer.key} is quantised in blocks ({weight.dtype}): its values cannot be read one by one. "
-                "Give the bf16, fp16 or fp8 file of this base model."
+                f"{self._where}: {layer.key} is quantised in blocks ({weight.dtype}): its values cannot be "
+                "read one by one. Give the bf16, fp16 or fp8 file of this base model."
             )
-        return weight if scale is None else weight.float() * scale.float().reshape(())
+        weight = weight if scale is None else weight.float() * scale.float().reshape(())
+        check_finite(weight, f"{self._where}: {layer.name} of the {self.model.name}")
+        return weight
 
     def fingerprint(self) -> str:
         """16 hex digits that tell one set of weights from another: names, shapes, signs of the first rows.
@@ -280,11 +286,18 @@ def _is_variant(file: Path, files: Sequence[Path]) -> bool:
 
 
 def _files_of_index(index: Path) -> list[Path]:
+    values = read_json(index, "a safetensors index")
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = sorted({index.parent / name for name in weight_map.values()})
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        weight_map = values["weight_map"]
+        names = set(weight_map.values())
+        strange = [name for name in names if not _is_beside(name)]
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index}: not a safetensors index (it has no weight_map of file names).") from error
+    if strange or not names:
+        raise ValueError(
+            f"{index}: names {strange[:1] or 'no files'} as its parts; expected .safetensors files beside it."
+        )
+    files = sorted(index.parent / name for name in names)
     absent = [file.name for file in files if not file.is_file()]
     if absent:
         raise FileNotFoundError(
@@ -293,20 +306,13 @@ def _files_of_index(index: Path) -> list[Path]:
     return files
 
 
+def _is_beside(name: str) -> bool:
+    """Whether a file's name has no folder in it, on any system."""
+    return not set("/\\:\0") & set(name) and name.endswith(".safetensors") and len(name) <= 255
+
+
 def _has_target_layers(file: Path) -> bool:
     return any(
         key.endswith(".weight") and canonical_name(key.removesuffix(".weight"))
-        for key in open_safetensors(file).keys()
+        for key in open_safetensors(file)
     )
-
-
-def open_safetensors(file: Path) -> Any:  # the type of safe_open's handle is not public
-    """Memory-map a safetensors file. FileNotFoundError if it is not there, ValueError if it is damaged."""
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file.")
-    try:
-        return safe_open(file, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(
-            f"{file} is not a whole safetensors file ({error}). Get or make it again."
-        ) from error

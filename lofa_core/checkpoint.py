@@ -12,12 +12,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .base_models import open_safetensors
-from .descriptions import BaseDescription, ConditionDescription, HypernetworkConfig, LayerDescription
+from .descriptions import HypernetworkConfig
+from .header import built, parse_header, trained_for
 from .hypernetwork import Hypernetwork
 from .int8 import SUFFIX, packed, unpacked
 from .lora_diffusion import LoRADiffusion, LoRADiffusionConfig
 from .lora_files import each_tensor, write_safetensors
+from .safetensors_file import open_safetensors
 from .steps import UNWATCHED, Watch
 
 FORMAT = "lofa.hypernetwork.2"
@@ -82,8 +83,7 @@ def load_hypernetwork(
     """
     path = Path(path)
     hypernetwork = describe_hypernetwork(path)
-    with open_safetensors(path) as handle:
-        tensors = len(handle.keys())
+    tensors = len(open_safetensors(path))
     return hypernetwork.filled(unpacked(watch.each(each_tensor(path), tensors), dtype))
 
 
@@ -95,8 +95,7 @@ def load_generator(
     if format_of(path) != DIFFUSION_FORMAT:
         return load_hypernetwork(path, dtype, watch=watch)
     network = describe_lora_diffusion(path)
-    with open_safetensors(path) as handle:
-        tensors = watch.each(each_tensor(path), len(handle.keys()))
+    tensors = watch.each(each_tensor(path), len(open_safetensors(path)))
     network.load_state_dict(unpacked(tensors, dtype), strict=False, assign=True)
     return network.eval().requires_grad_(False)
 
@@ -105,8 +104,7 @@ def format_of(path: Path) -> str:
     """The format that a file's metadata names; empty where it is no safetensors file or names none."""
     if path.suffix in (".pth", ".pt"):
         return ""
-    with open_safetensors(path) as handle:
-        return (handle.metadata() or {}).get("format", "")
+    return open_safetensors(path).metadata.get("format", "")
 
 
 def describe_lora_diffusion(path: Path) -> LoRADiffusion:
@@ -114,7 +112,7 @@ def describe_lora_diffusion(path: Path) -> LoRADiffusion:
 
     def build(header: dict) -> tuple[LoRADiffusion, Mapping[str, Tensor]]:
         with torch.device("meta"):
-            network = LoRADiffusion(LoRADiffusionConfig(**header["config"]), *_trained_for(header))
+            network = LoRADiffusion(built(LoRADiffusionConfig, header["config"]), *trained_for(header))
         return network, network.state_dict()
 
     return _described(path, DIFFUSION_FORMAT, "LoRA Diffusion", build)
@@ -131,8 +129,8 @@ def describe_hypernetwork(path: Path) -> Hypernetwork:
         )
 
     def build(header: dict) -> tuple[Hypernetwork, Mapping[str, Tensor]]:
-        config = HypernetworkConfig(**_with_tuples(header["config"], "feature_blocks", "grid"))
-        network = Hypernetwork.unfilled(config, *_trained_for(header))
+        config = built(HypernetworkConfig, header["config"])
+        network = Hypernetwork.unfilled(config, *trained_for(header))
         return network, network.own_state()
 
     return _described(path, FORMAT, "LoFA hypernetwork", build)
@@ -142,10 +140,10 @@ def _described(
     path: Path, format: str, what: str, build: Callable[[dict], tuple[Network, Mapping[str, Tensor]]]
 ) -> Network:
     """What `build` makes of a file's header, after its tensors' names and shapes are compared with that."""
-    with open_safetensors(path) as handle:
-        metadata = handle.metadata() or {}
-        shapes = {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}
-        packed_keys = {key for key in shapes if handle.get_slice(key).get_dtype() == "I8"}
+    file = open_safetensors(path)
+    metadata = file.metadata
+    shapes = {key: file.shape(key) for key in file}
+    packed_keys = {key for key in shapes if file.dtype(key) == "I8"}
     if metadata.get("format") != format:
         raise ValueError(
             f"{path.name}: not a {what} (its metadata says format "
@@ -153,8 +151,9 @@ def _described(
             "Choose a file written by LoFA's training or by `python -m lofa_core convert`."
         )
     try:
-        network, tensors = build(json.loads(metadata["lofa"]))
-    except (KeyError, TypeError, ValueError) as error:
+        network, tensors = build(parse_header(metadata["lofa"]))
+    # RuntimeError: what PyTorch says of sizes whose product no number holds.
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise ValueError(
             f"{path.name}: its LoFA header is damaged ({error}). Download or train it again."
         ) from error
@@ -169,20 +168,8 @@ def _described(
     for key, shape in shapes.items():
         if expected[key] != shape:
             raise ValueError(f"{path.name}: {key} is {list(shape)}, its header says {list(expected[key])}.")
+        # Eight bits by rows stand for floats; a row's scale is no tensor of the network.
+        floats = key not in tensors or tensors[key].is_floating_point()
+        if floats and not file.is_floating_point(key) and key not in packed_keys:
+            raise ValueError(f"{path.name}: {key} is {file.dtype(key)}, expected floating-point numbers.")
     return network
-
-
-def _trained_for(header: dict) -> tuple[BaseDescription, tuple[ConditionDescription, ...]]:
-    base = header["base"]
-    layers = tuple(
-        LayerDescription(name, depth, kind, (out, into)) for name, depth, kind, out, into in base["layers"]
-    )
-    return (
-        BaseDescription(base["name"], layers, base["fingerprint"]),
-        tuple(ConditionDescription(**_with_tuples(given, "words", "size")) for given in header["conditions"]),
-    )
-
-
-def _with_tuples(values: dict, *names: str) -> dict:
-    """JSON has lists in their place."""
-    return values | {name: tuple(values[name]) for name in names}

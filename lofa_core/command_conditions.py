@@ -1,14 +1,11 @@
 """The command line's conditions: a sentence, skeletons, pictures, or encoded ones from a file."""
 
 import argparse
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from .conditions import Conditions, Given
@@ -16,11 +13,13 @@ from .conditions.image import CLIPImageEncoder
 from .conditions.pose import pose_from_keypoints
 from .conditions.text import TextEncoder, check_prompt
 from .descriptions import KINDS, ConditionDescription
+from .documents import read_json
 from .inspection import CONDITION_KEY
-from .lora_files import read_safetensors
+from .numbers import check_finite
+from .pictures import read_picture
+from .safetensors_file import open_safetensors
 
 _PICTURES = ("style", "identity")
-_LARGEST_PICTURE = 16_384  # pixels a side
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -102,10 +101,10 @@ def _text(options: argparse.Namespace, known: ConditionDescription, base: Path) 
 
 
 def _pose(options: argparse.Namespace, known: ConditionDescription, base: Path) -> Tensor:
+    document = read_json(options.pose)
     try:
-        document = json.loads(options.pose.read_text(encoding="utf-8"))
         return pose_from_keypoints(document, *known.size)
-    except ValueError as error:  # of the JSON, too
+    except ValueError as error:
         raise ValueError(f"{options.pose}: {error}") from error
 
 
@@ -122,30 +121,16 @@ _ENCODE = {
 }
 
 
-def read_picture(path: Path) -> np.ndarray:
-    """uint8 [H, W, 3]. ValueError naming the file where it is no picture."""
-    try:
-        with Image.open(path) as picture:
-            if max(picture.size) > _LARGEST_PICTURE:
-                raise ValueError(
-                    f"{path}: {picture.size[0]}x{picture.size[1]} pixels; the largest read is "
-                    f"{_LARGEST_PICTURE} a side."
-                )
-            return np.array(picture.convert("RGB"))
-    except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
-        raise ValueError(f"{path}: not a picture that can be read ({error}). Give a PNG or JPEG.") from error
-
-
 def _encoded(path: Path) -> dict[str, Tensor]:
     """Kind -> tensor of a condition file."""
-    tensors, _ = read_safetensors(path)
+    file = open_safetensors(path)
     names = {CONDITION_KEY: "text"} | {kind: kind for kind in KINDS if kind != "text"}
-    if not tensors or set(tensors) - set(names):
+    if not file.keys() or set(file) - set(names):
         raise ValueError(
-            f"{path}: holds {', '.join(list(tensors)[:3]) or 'nothing'}; expected {CONDITION_KEY} [1, S, d], "
+            f"{path}: holds {', '.join(file.keys()[:3]) or 'nothing'}; expected {CONDITION_KEY} [1, S, d], "
             "or tensors named pose, style, identity."
         )
-    return {names[name]: tensor for name, tensor in tensors.items()}
+    return {names[name]: file.tensor(name) for name in file}
 
 
 def _check(source: str, tensor: Tensor, known: ConditionDescription) -> None:
@@ -162,8 +147,7 @@ def _check(source: str, tensor: Tensor, known: ConditionDescription) -> None:
             f"{source}: {shape[2]} numbers per token; this hypernetwork takes {known.width}. "
             "Use the encoder that the hypernetwork was trained with."
         )
-    if not bool(torch.isfinite(tensor).all()):
-        raise ValueError(f"{source}: holds values that are not numbers. Encode it again.")
+    check_finite(tensor, source)
 
 
 def _weight(text: str) -> tuple[str, float]:

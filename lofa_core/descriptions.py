@@ -56,6 +56,9 @@ class HypernetworkConfig:
             raise ValueError('weight_input = "condition" needs modulation = "film": FiLM sums a condition up')
         if len(self.grid) != 2 or min(self.grid) < 1:
             raise ValueError(f"grid = {self.grid}: expected rows and columns of patches, such as (16, 16)")
+        for name in ("rank", "width", "heads", "blocks", "mlp_ratio"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: expected 1 or more")
         if self.width % self.heads:
             raise ValueError(f"width = {self.width} is not a multiple of heads = {self.heads}")
         if not 0 <= self.stage1_blocks <= self.blocks:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .base_models import BaseWeights, TargetLayer, describe, open_safetensors
+from .base_models import BaseWeights, TargetLayer, describe
 from .checkpoint import (
     DIFFUSION_FORMAT,
     FORMAT,
@@ -18,8 +18,9 @@ from .checkpoint import (
 from .descriptions import ConditionDescription, LayerDescription
 from .key_names import LAYOUTS, canonical_name, default_layout, layout_name
 from .lora import LoRA
-from .lora_files import load_lora
+from .lora_files import each_tensor, load_lora, read_safetensors
 from .released import describe_released, read_stage, stage_of
+from .safetensors_file import open_safetensors
 
 CONDITION_KEY = "text_emb"
 _LAYOUT_WORDS = {
@@ -50,8 +51,8 @@ def inspect(path: Path | str) -> Description:
         return _base(path)
     if path.suffix in (".pth", ".pt"):
         return _released_stage(path)
-    with open_safetensors(path) as handle:
-        keys, metadata = list(handle.keys()), handle.metadata() or {}
+    file = open_safetensors(path)
+    keys, metadata = file.keys(), file.metadata
     if metadata.get("format") in (FORMAT, DIFFUSION_FORMAT):
         return _hypernetwork(path, metadata)
     if any(".lora" in key or key.startswith("lora_") or key.endswith(".alpha") for key in keys):
@@ -125,8 +126,7 @@ def _lora_fits(lora: LoRA) -> str:
 def _hypernetwork(path: Path, metadata: dict[str, str]) -> Description:
     diffusion = metadata["format"] == DIFFUSION_FORMAT
     hypernetwork: Generator = describe_lora_diffusion(path) if diffusion else describe_hypernetwork(path)
-    with open_safetensors(path) as handle:  # as stored: in memory it is float32
-        dtypes = _dtypes(handle.get_tensor(key) for key in handle.keys())
+    dtypes = _dtypes(tensor for _, tensor in each_tensor(path))  # as stored: in memory it is float32
     base = hypernetwork.base
     shapes = Counter(tuple(layer.shape) for layer in base.layers)
     return Description(
@@ -192,8 +192,9 @@ def _released_stage(path: Path) -> Description:
 
 
 def _condition(path: Path) -> Description:
-    with open_safetensors(path) as handle:
-        tensor = handle.get_tensor(CONDITION_KEY)
+    tensor = open_safetensors(path).tensor(CONDITION_KEY)
+    if tensor.ndim != 3:
+        raise ValueError(f"{path}: {CONDITION_KEY} is {list(tensor.shape)}; expected [1, S, d].")
     return Description(
         "a text condition",
         (
@@ -205,8 +206,7 @@ def _condition(path: Path) -> Description:
 
 
 def _responses(path: Path, keys: list[str]) -> Description:
-    with open_safetensors(path) as handle:
-        tensors = [handle.get_tensor(key) for key in keys]
+    tensors = list(read_safetensors(path)[0].values())
     mean = sum(tensor.float().mean().item() for tensor in tensors) / len(tensors)
     return Description(
         "a set of response maps",

@@ -82,13 +82,16 @@ PREFIXES = (
     "lora_unet_",  # Kohya
 )
 
-# With every "." written as "_", one pattern for each base reads the names of all layouts.
+# With every "." written as "_", one pattern for each base reads the names of all layouts. Four digits at
+# most: a number in a stranger's name decides how many layers are looked for.
 _WAN_KIND = {name.replace(".", "_"): kind for kind, pair in WAN_TARGETS.items() for name in (kind, pair)}
 _SDXL_PLACE = {name.replace(".", "_"): place[0] for place in SDXL_PLACES for name in place[:2]}
 _SDXL_KIND = {kind.replace(".", "_"): kind for kind in SDXL_TARGETS}
-_WAN_FLAT = re.compile(rf"blocks_(\d+)_({'|'.join(_WAN_KIND)})")
-_SDXL_FLAT = re.compile(rf"({'|'.join(_SDXL_PLACE)})_transformer_blocks_(\d+)_({'|'.join(_SDXL_KIND)})")
-_WAN_NAME = re.compile(rf"blocks\.(\d+)\.({'|'.join(map(re.escape, WAN_TARGETS))})")
+_WAN_FLAT = re.compile(rf"blocks_([0-9]{{1,4}})_({'|'.join(_WAN_KIND)})")
+_SDXL_FLAT = re.compile(
+    rf"({'|'.join(_SDXL_PLACE)})_transformer_blocks_([0-9]{{1,4}})_({'|'.join(_SDXL_KIND)})"
+)
+_WAN_NAME = re.compile(rf"blocks\.([0-9]{{1,4}})\.({'|'.join(map(re.escape, WAN_TARGETS))})")
 _SDXL_ORIGINAL = {diffusers: original for diffusers, original, _ in SDXL_PLACES}
 
 

@@ -1,16 +1,18 @@
 """LoRA files: safetensors in every layout of key_names.py, and the count of layers that fit a base model."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .base_models import BaseModel, open_safetensors
+from .base_models import BaseModel
 from .key_names import canonical_name, default_layout, layout_name
 from .lora import LoRA, LoRALayer
+from .numbers import check_finite, is_finite
+from .safetensors_file import DTYPE_NAMES, open_safetensors
 from .steps import UNWATCHED, Watch
 from .whole_files import whole_file
 
@@ -25,21 +27,6 @@ SUFFIXES = {
     ".lora.down.weight": "A",  # diffusers' older scripts
     ".lora.up.weight": "B",
     ".alpha": "alpha",  # where it is absent, alpha = r
-}
-# What safetensors files call the dtypes that we write.
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
 }
 _PIECE = 2**24  # bytes written at once
 
@@ -73,7 +60,15 @@ def from_state_dict(state: Mapping[str, Tensor], metadata: Mapping[str, str] | N
     Raises ValueError naming the key that is not part of a LoRA of target layers, or whose partner is missing.
     """
     found: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in state.items():
+    for key, (name, part) in _check_names(state).items():
+        found.setdefault(name, {})[part] = state[key]
+    return LoRA({name: _layer(name, parts) for name, parts in found.items()}, dict(metadata or {}))
+
+
+def _check_names(keys: Collection[str]) -> dict[str, tuple[str, str]]:
+    """Key -> (canonical name of its target layer, "A", "B" or "alpha"). ValueError as `from_state_dict`."""
+    found: dict[tuple[str, str], str] = {}
+    for key in keys:
         module, part = _split(key)
         name = canonical_name(module)
         if name is None:
@@ -81,13 +76,12 @@ def from_state_dict(state: Mapping[str, Tensor], metadata: Mapping[str, str] | N
                 f"{key} changes a layer that LoFA does not know. It reads LoRAs of the attention (q, k, v, "
                 "o) of WAN2.1 or of SDXL's UNet, under ComfyUI, original, diffusers, Kohya or PEFT names."
             )
-        parts = found.setdefault(name, {})
-        if part in parts:
+        if (name, part) in found:
             raise ValueError(f"{key}: {name} has its {part} twice, under two names.")
-        parts[part] = tensor
+        found[name, part] = key
     if not found:
         raise ValueError("There are no tensors here, so no LoRA.")
-    return LoRA({name: _layer(name, parts) for name, parts in found.items()}, dict(metadata or {}))
+    return {key: place for place, key in found.items()}
 
 
 def of_target_layers(
@@ -98,20 +92,24 @@ def of_target_layers(
 
     Raises ValueError where no target layer is among them, and as `from_state_dict`.
     """
-    kept, others = {}, []
-    for key, tensor in state.items():
+    kept, others = _target_layers(state)
+    return from_state_dict({key: state[key] for key in kept}, metadata), others
+
+
+def _target_layers(keys: Collection[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(the keys of a LoRA of target layers, all others)."""
+    kept: list[str] = []
+    others: list[str] = []
+    for key in keys:
         known = any(key.endswith(suffix) for suffix in SUFFIXES) and canonical_name(_split(key)[0])
-        if known:
-            kept[key] = tensor
-        else:
-            others.append(key)
+        (kept if known else others).append(key)
     if not kept:
         first = f" (first {others[0]})" if others else ""
         raise ValueError(
-            f"None of these {len(state)} tensors{first} belongs to a LoRA of the attention (q, k, v, o) of "
+            f"None of these {len(keys)} tensors{first} belongs to a LoRA of the attention (q, k, v, o) of "
             "WAN2.1 or of SDXL's UNet. LoHa, LoKr and full differences are not read."
         )
-    return from_state_dict(kept, metadata), tuple(others)
+    return tuple(kept), tuple(others)
 
 
 def _split(key: str) -> tuple[str, str]:
@@ -129,7 +127,13 @@ def _layer(name: str, parts: dict[str, Tensor]) -> LoRALayer:
     for part in ("A", "B"):
         if part not in parts:
             raise ValueError(f"{name} has no {part}: it has only {', '.join(sorted(parts))}.")
-    alpha = parts["alpha"].item() if "alpha" in parts else parts["A"].shape[0]
+    for part, tensor in parts.items():
+        if not tensor.is_floating_point() and not (part == "alpha" and not tensor.is_complex()):
+            raise ValueError(f"{name}: its {part} is {tensor.dtype}, expected floating point numbers.")
+    if "alpha" in parts and parts["alpha"].numel() != 1:
+        raise ValueError(f"{name}: its alpha is {list(parts['alpha'].shape)}, expected one number.")
+    rank = parts["A"].shape[0] if parts["A"].ndim else 0  # LoRALayer says what is wrong with it
+    alpha = parts["alpha"].item() if "alpha" in parts else rank
     try:
         return LoRALayer(parts["A"], parts["B"], float(alpha))
     except ValueError as error:
@@ -151,7 +155,7 @@ def save_lora(
     state = to_state_dict(lora, layout, dtype)
     for key, tensor in state.items():
         watch.before()
-        if not bool(tensor.isfinite().all()):
+        if not is_finite(tensor):
             raise ValueError(
                 f"{path} is not written: {key} is not finite in {str(tensor.dtype).removeprefix('torch.')}. "
                 "Lower the LoRA's strength, or predict it again."
@@ -161,11 +165,30 @@ def save_lora(
 
 def load_lora(path: Path | str) -> LoRA:
     """Read a LoRA of any layout. FileNotFoundError, or ValueError naming the file and what is wrong in it."""
-    state, metadata = read_safetensors(path)
+    file = open_safetensors(Path(path))
     try:
-        return from_state_dict(state, metadata)
+        _check_names(file)  # before a whole model is read for a LoRA
+        return from_state_dict(dict(each_tensor(path)), file.metadata)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(_with_its_name(path, error)) from error
+
+
+def load_target_layers(path: Path | str, watch: Watch = UNWATCHED) -> tuple[LoRA, tuple[str, ...]]:
+    """What `of_target_layers` gives of a file, of which nothing else is read. Raises as `load_lora`."""
+    file = open_safetensors(Path(path))
+    try:
+        kept, others = _target_layers(file)
+        state = {}
+        for key in watch.each(kept, len(kept)):
+            state[key] = file.tensor(key)
+            check_finite(state[key], key)
+        return from_state_dict(state, file.metadata), others
+    except ValueError as error:
+        raise ValueError(_with_its_name(path, error)) from error
+
+
+def _with_its_name(path: Path | str, error: ValueError) -> str:
+    return str(error) if str(error).startswith(str(path)) else f"{path}: {error}"
 
 
 def write_safetensors(
@@ -188,11 +211,11 @@ def write_safetensors(
     end = 0
     for key in keys:
         tensor = tensors[key]
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in DTYPE_NAMES:
             raise ValueError(f"{path}: {key} is {tensor.dtype}, which safetensors files do not hold.")
         start, end = end, end + tensor.numel() * tensor.dtype.itemsize
         header[key] = {
-            "dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]
+            "dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]
         }  # fmt: skip
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text = text.ljust(-(-len(text) // 8) * 8)
@@ -206,29 +229,23 @@ def write_safetensors(
                 file.write(piece.numpy().data)
 
 
-def read_safetensors(path: Path | str, watch: Watch = UNWATCHED) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_safetensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, metadata) of a safetensors file. FileNotFoundError, or ValueError naming a damaged file."""
-    with open_safetensors(Path(path)) as handle:
-        keys = list(handle.keys())
-        return {key: handle.get_tensor(key) for key in watch.each(keys, len(keys))}, handle.metadata() or {}
+    file = open_safetensors(Path(path))
+    return {key: file.tensor(key) for key in file}, file.metadata
 
 
 def each_tensor(path: Path | str) -> Iterator[tuple[str, Tensor]]:
-    """(key, tensor) after another of a large safetensors file; copy what you keep.
+    """(key, tensor) after another of a large safetensors file, each in memory of its own.
 
-    The file is mapped anew every 256 MB: what was read and let go does not stay in memory. Raises as
-    `read_safetensors`.
+    What was read and let go does not stay in memory. Raises as `read_safetensors`, also for numbers
+    that are not finite.
     """
-    with open_safetensors(Path(path)) as handle:
-        keys = list(handle.keys())
-    while keys:
-        with open_safetensors(Path(path)) as handle:
-            read = 0
-            while keys and read < 2**28:
-                tensor = handle.get_tensor(keys[0])
-                read += tensor.nbytes
-                yield keys.pop(0), tensor
-            del tensor
+    file = open_safetensors(Path(path))
+    for key in file:
+        tensor = file.tensor(key)
+        check_finite(tensor, f"{path}: {key}")
+        yield key, tensor
 
 
 @dataclass(frozen=True)

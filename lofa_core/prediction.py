@@ -17,6 +17,7 @@ from .descriptions import BaseDescription, ConditionDescription
 from .hypernetwork import Hypernetwork, Response
 from .lora import LoRA, LoRALayer
 from .memory import at_a_time, memory_for, out_of_memory
+from .numbers import check_finite
 from .steps import UNWATCHED, Watch
 from .trunk import Layers
 
@@ -223,11 +224,7 @@ def check_conditions(hypernetwork: TrainedFor, conditions: Conditions) -> None:
                 f"The {kind} condition is {shape}; this hypernetwork expects "
                 f"[{', '.join(map(str, expected))}]. Encode it with the encoder it was trained with."
             )
-        if not bool(given.values.isfinite().all()):
-            raise ValueError(
-                f"The {kind} condition holds numbers that are not finite. Encode it again; if it "
-                "stays so, the encoder's file is damaged."
-            )
+        check_finite(given.values, f"The {kind} condition")
 
 
 def _in_batches(
@@ -309,7 +306,7 @@ def _out_of_memory_in(
     def weights() -> Iterator[Tensor]:
         for layer in chosen:
             watch.before()
-            yield _checked(base.read(layer).to(device).float(), layer, base)
+            yield base.read(layer).to(device).float()
 
     try:
         index = torch.tensor(places, device=device)
@@ -324,12 +321,3 @@ def _out_of_memory_in(
             raise
         return str(error).partition("\n")[0] or type(error).__name__
     return ""
-
-
-def _checked(weight: Tensor, layer: TargetLayer, base: BaseWeights) -> Tensor:
-    if not bool(weight.isfinite().all()):
-        raise ValueError(
-            f"{layer.name} of the {base.model.name} given holds numbers that are not finite: the "
-            "model is damaged, or its dtype is too narrow for it. Load another file of it."
-        )
-    return weight

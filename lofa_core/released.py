@@ -4,9 +4,7 @@ It comes as two pickled state dicts, one a stage. Every size is inferred from th
 differently from us (input, modulation, read-out, padding) is configuration: see `RELEASED_DESIGN`.
 """
 
-import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .archives import load_archive
 from .base_models import WAN_KINDS, describe
 from .descriptions import BaseDescription, ConditionDescription, HypernetworkConfig, LayerDescription
+from .header import MAX_BLOCKS, MAX_LAYERS, MAX_SIZE
 from .hypernetwork import Hypernetwork
+from .numbers import check_finite
 from .steps import UNWATCHED, Watch
 
 RELEASED_DESIGN: dict[str, Any] = {
@@ -78,6 +79,19 @@ _IN_FEATURE_BLOCK = {  # after "trunk.blocks.N." -> after "cross_attn_blocks.N."
     "feature_mlp.2": "mlp.fc2",
     "scales.5": "ls2.gamma",
 }
+# The tensors of Stage II that say how large it is -> their number of sizes.
+_SIZES_FROM = {
+    "patch_embed.proj.weight": 4,
+    "pos.row": 4,
+    "pos.col": 4,
+    "depth_embed.weight": 2,
+    "type_embed.weight": 2,
+    "text_proj.weight": 2,
+    "head_A.weight": 2,
+    "head_B.weight": 2,
+    "blocks.0.self_attn.q_norm.weight": 1,
+    "blocks.0.mlp_sa.fc1.weight": 2,
+}
 _FUSED = ("self_attention.q", "self_attention.kv")  # both are rows of the published self_attn.qkv
 
 
@@ -112,7 +126,7 @@ def load_released(
         _check_shapes(published, _published_shapes(expected), path)
         for name, shape in watch.each(expected.items(), len(hypernetwork.own_state()), len(tensors)):
             value = _take(published, name).reshape(shape)
-            tensors[f"{stage}.{name}"] = value.to(dtype or value.dtype, copy=True)
+            tensors[f"{stage}.{name}"] = value.to(dtype or value.dtype)
     assert hypernetwork is not None
     return hypernetwork.filled(tensors)
 
@@ -143,26 +157,11 @@ def published_state(hypernetwork: Hypernetwork) -> tuple[dict[str, Tensor], dict
 
 
 def read_stage(path: Path) -> dict[str, Tensor]:
-    """One published file, memory-mapped. Only tensors are unpickled: code in the file is never run.
+    """One published file. It is read as tensors; see archives.py.
 
     Raises FileNotFoundError, or ValueError for anything but a state dict.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file.")
-    if not zipfile.is_zipfile(path):  # the older format, a bare pickle, has not been written since 2020
-        raise ValueError(
-            f"{path}: is not a PyTorch archive, or not a whole one; it was not read. "
-            "Download LoFA_v0's stage1_preview.pth and stage2_preview.pth again."
-        )
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path}: holds something else than tensors; it was not run. "
-            "Download LoFA_v0's stage1_preview.pth and stage2_preview.pth again."
-        ) from error
-    except (RuntimeError, EOFError, KeyError) as error:
-        raise ValueError(f"{path}: is damaged ({error}). Download it again.") from error
+    state = load_archive(path)
     if not isinstance(state, Mapping) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
     ):
@@ -170,6 +169,8 @@ def read_stage(path: Path) -> dict[str, Tensor]:
             f"{path}: is not a state dict of tensors. Expected LoFA_v0's stage1_preview.pth or "
             "stage2_preview.pth."
         )
+    for key, value in state.items():
+        check_finite(value, f"{path}: {key:.200}")
     return dict(state)
 
 
@@ -203,10 +204,11 @@ def describe_released(
     Raises ValueError where they contradict each other or belong to another base than WAN2.1.
     """
     shape = {key: tuple(value.shape) for key, value in stage2.items()}
-    needed = ("pos.row", "pos.col", "depth_embed.weight", "type_embed.weight", "head_B.weight")
-    for key in (*needed, "blocks.0.self_attn.q_norm.weight", "blocks.0.mlp_sa.fc1.weight"):
+    for key, sides in _SIZES_FROM.items():
         if key not in shape:
             raise ValueError(f"has no {key}, from which its sizes are read. Download it again.")
+        if len(shape[key]) != sides or not all(1 <= side <= MAX_SIZE for side in shape[key]):
+            raise ValueError(f"{key} is {list(shape[key])}, expected {sides} sizes. Download it again.")
     width, _, patch, _ = shape["patch_embed.proj.weight"]
     out_features, in_features = shape["pos.row"][1] * patch, shape["pos.col"][2] * patch
     if out_features != in_features:
@@ -222,10 +224,14 @@ def describe_released(
         raise ValueError(
             f"knows {kinds} types of layers; WAN2.1's text-to-video models have {len(WAN_KINDS)}."
         )
+    if depths * kinds > MAX_LAYERS:
+        raise ValueError(f"is for {depths * kinds} target layers, more than any base model has.")
     numbers = {
-        prefix: [int(match[1]) for key in shape if (match := re.match(rf"{prefix}\.(\d+)\.", key))]
+        prefix: [int(match[1]) for key in shape if (match := re.match(rf"{prefix}\.([0-9]{{1,3}})\.", key))]
         for prefix in ("blocks", "cross_attn_blocks")
     }
+    if max(numbers["blocks"]) >= MAX_BLOCKS:
+        raise ValueError(f"has {1 + max(numbers['blocks'])} blocks, more than any hypernetwork.")
     config = HypernetworkConfig(
         rank=rank,
         grid=(shape["pos.row"][1], shape["pos.col"][2]),

@@ -31,6 +31,7 @@ from ..lofa_core import miniature
 from ..lofa_core.base_models import BaseWeights
 from ..lofa_core.memory import memory_for
 from ..lofa_core.steps import Watch
+from .names import check_name
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ def hypernetwork_files(name: str, stage2: str = NO_STAGE2) -> list[Path]:
     if name == EMBEDDED_HYPERNETWORK:
         return [miniature.HYPERNETWORK]
     names = [name] if stage2 == NO_STAGE2 else [name, stage2]
-    return [Path(folder_paths.get_full_path_or_raise(FOLDER, file)) for file in names]
+    return [_offered(FOLDER, file) for file in names]
 
 
 def lora_names() -> list[str]:
@@ -73,7 +74,21 @@ def lora_names() -> list[str]:
 
 def lora_file(name: str) -> Path:
     """The file behind one of `lora_names()`."""
-    return Path(folder_paths.get_full_path_or_raise("loras", name))
+    return _offered("loras", name)
+
+
+def _offered(folder: str, name: str) -> Path:
+    """A file that ComfyUI lists in one of its model folders.
+
+    ValueError for any other name: ComfyUI checks those that a graph holds itself, but not those that another
+    node computes.
+    """
+    if name not in folder_paths.get_filename_list(folder):
+        raise ValueError(
+            f"{name!r:.200} is not a file in models/{folder}. Choose one that the node offers; after adding "
+            "a file, press R."
+        )
+    return Path(folder_paths.get_full_path_or_raise(folder, name))
 
 
 _PIECE = 2**24  # bytes read at once
@@ -117,8 +132,10 @@ def read_picture(path: Path) -> Tensor:
 def new_output_file(prefix: str, suffix: str) -> tuple[Path, str]:
     """The next free numbered file below the output folder, and its name as shown to the artist.
 
-    Creates the folder. Raises ComfyUI's own error where the prefix leaves the output folder.
+    Creates the folder. Raises ValueError where the prefix leaves the output folder, or is no name that every
+    system can have.
     """
+    check_name(prefix)
     folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
         prefix, folder_paths.get_output_directory()
     )

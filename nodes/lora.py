@@ -6,8 +6,7 @@ from ..lofa_core.key_names import LAYOUTS
 from ..lofa_core.lora import LoRA
 from ..lofa_core.lora_files import (
     from_state_dict,
-    of_target_layers,
-    read_safetensors,
+    load_target_layers,
     save_lora,
     to_state_dict,
 )
@@ -162,9 +161,8 @@ class ResponseFromLoRA(io.ComfyNode):
     @classmethod
     def execute(cls, model, lora_name, threshold) -> io.NodeOutput:
         path = host.lora_file(lora_name)
-        state, metadata = read_safetensors(path, host.watch())
+        lora, others = load_target_layers(path, host.watch())
         try:
-            lora, others = of_target_layers(state, metadata)
             responses = LoRAResponses(host.base_weights(model), lora, threshold / 100.0)
         except ValueError as error:
             raise ValueError(f"{lora_name}: {error}") from error

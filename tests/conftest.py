@@ -36,6 +36,22 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(f"{COMFY}: {tests} skipped, {reason}")
 
 
+@pytest.fixture(scope="session")
+def kinds(tmp_path_factory):
+    """A small sound file of every kind that is read, by its name."""
+    import hostile_files  # imports half of training
+
+    return hostile_files.kinds(tmp_path_factory.mktemp("sound"))
+
+
+@pytest.fixture
+def place(tmp_path, kinds):
+    """A folder where all of them are."""
+    for kind in kinds.values():
+        (tmp_path / kind.name).write_bytes(kind.sound)
+    return tmp_path
+
+
 @pytest.hookimpl(optionalhook=True)  # plain pytest needs no pytest-xdist
 def pytest_xdist_make_scheduler(config, log):
     """Whole groups. `--dist loadgroup` ignores its marks under pytest 9.2 (pytest-xdist #1386)."""

@@ -101,7 +101,7 @@ def test_weights_become_strengths(files):
         (["--style", "a.png"], {"text": TEXT, "pose": POSE}, "conditioned on text and pose, not on style"),
         (["--style", "a.png", "--condition", "encoded.safetensors"], KNOWN, "holds style, .* own option"),
         (["--style", "a.png", "--weight", "text=0.5"], KNOWN, "--weight text: no such condition"),
-        (["--style", "text.txt"], KNOWN, r"text\.txt: not a picture"),
+        (["--style", "text.txt"], KNOWN, r"text\.txt: cannot be decoded as an image"),
         (["--pose", "text.txt"], KNOWN, r"text\.txt: "),
         (["--condition", "base/model.safetensors"], KNOWN, r"model\.safetensors: holds blocks.*named pose"),
         (["--style", "a.png", "--image-encoder", "."], KNOWN, r"no config\.json of an image encoder"),

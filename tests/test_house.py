@@ -25,9 +25,9 @@ CORE = {"torch", "safetensors", "numpy"}
 CORE_EXTRAS = {
     "lofa_core/__main__.py": {"rich", "PIL"},
     "lofa_core/console.py": {"rich"},
-    "lofa_core/command_conditions.py": {"PIL"},
+    "lofa_core/pictures.py": {"PIL"},
     "lofa_core/conditions/text.py": {"transformers", "sentencepiece"},
-    "lofa_core/conditions/image.py": {"transformers"},
+    "lofa_core/conditions/pretrained.py": {"transformers"},
     "lofa_core/conditions/pose_drawing.py": {"cv2"},
     "lofa_core/command_evaluate.py": {"rich"},
     "lofa_core/metrics/clips.py": {"cv2"},

@@ -144,7 +144,7 @@ def broken(folder):
         "gone.mp4": "cannot be decoded as a video",
         "text.png": "cannot be decoded as an image",
         "cut.png": "cannot be decoded as an image",
-        "gone.png": "cannot be decoded as an image",
+        "gone.png": "no such file",
     }
 
 
@@ -160,3 +160,34 @@ def test_a_file_that_is_damaged_or_something_else_is_named(tmp_path):
             assert str(tmp_path / name) in str(error.value) and reason in str(error.value), name
     media.check(tmp_path / "whole.mp4")
     media.check(tmp_path / "noise.png")
+
+
+def test_a_list_of_further_files_is_no_video(tmp_path):
+    """FFmpeg would open what a playlist names, another file or an address."""
+    write_video(tmp_path / "other.mp4", numbered(4), codec="mpeg4")
+    for text in (
+        "ffconcat version 1.0\nfile other.mp4\n",
+        "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nother.mp4\n#EXT-X-ENDLIST\n",
+        "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nm=video 5004 RTP/AVP 26\n",
+    ):
+        (tmp_path / "list.mp4").write_text(text)
+        with pytest.raises(ValueError, match=r"list\.mp4: cannot be decoded as a video"):
+            media.check(tmp_path / "list.mp4")
+
+
+def test_a_document_is_no_picture(tmp_path):
+    """Pillow would start another program for PostScript."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"a\.png: cannot be decoded as an image \(cannot identify"):
+        media.check(tmp_path / "a.png")
+
+
+def test_a_picture_or_a_frame_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+    Image.new("1", (9000, 6000)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"a\.png: .*9000x6000 pixels, 45 million"):
+        media.read_image(tmp_path / "a.png", 8, 8)
+    write_video(tmp_path / "a.mp4", numbered(4), codec="mpeg4")
+    monkeypatch.setattr(media, "_MAX_PIXELS", 1000)
+    with pytest.raises(ValueError, match=r"a\.mp4: its frames have 32x32 pixels"):
+        media.check(tmp_path / "a.mp4")

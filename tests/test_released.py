@@ -216,7 +216,7 @@ def test_code_in_a_pickle_is_refused_and_never_run(tmp_path):
     trace = tmp_path / "was_run"
     torch.save({"patch_embed.proj.weight": Attack(trace)}, tmp_path / "zip.pth")
     (tmp_path / "plain.pth").write_bytes(pickle.dumps(Attack(trace), protocol=2))
-    for name, said in (("zip.pth", "not run"), ("plain.pth", "not a PyTorch archive")):
+    for name, said in (("zip.pth", "not run"), ("plain.pth", "no whole PyTorch archive")):
         with pytest.raises(ValueError, match=rf"{name}.*{said}"):
             load_released(tmp_path / name, STAGES[1])
     assert not trace.exists()
@@ -264,14 +264,14 @@ def an_archive_of_something_else(path):
 @pytest.mark.parametrize(
     ("write", "named"),
     [
-        (truncated, r"broken\.pth: is not a PyTorch archive"),
-        (words, r"broken\.pth: is not a PyTorch archive"),
+        (truncated, r"broken\.pth: is no whole PyTorch archive"),
+        (words, r"broken\.pth: is no whole PyTorch archive"),
         (a_list, r"broken\.pth: is not a state dict of tensors"),
         (another_model, r"broken\.pth: is not a stage of LoFA_v0 .*'encoder\.weight'.*Stage I"),
         (without_a_key, r"broken\.pth: .*1 tensors missing, first \['blocks\.5\.norm2\.bias'\]"),
         (of_another_width, r"broken\.pth: blocks\.5\.norm2\.bias is \[47\], expected \[48\]"),
         (of_whole_numbers, r"broken\.pth: blocks\.5\.norm2\.bias is torch\.int64, expected floating"),
-        (an_archive_of_something_else, r"broken\.pth: is damaged"),
+        (an_archive_of_something_else, r"broken\.pth: is no whole PyTorch archive \(it has no data\.pkl"),
     ],
 )
 def test_a_file_that_is_not_stage_one_is_named_with_what_was_expected(tmp_path, write, named):

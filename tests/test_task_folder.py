@@ -99,7 +99,7 @@ def test_a_task_takes_its_lines_values_and_defaults(tmp_path):
         ),
         (
             task("b", clips=[{"file": "\0"}]),
-            "\0, clip 1 of task b (tasks.jsonl line 2)",
+            "\\x00, clip 1 of task b (tasks.jsonl line 2)",
             "cannot be read (embedded null",
         ),
     ],

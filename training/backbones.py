@@ -38,11 +38,13 @@ def load_vae(folder: Path) -> AutoencoderKLWan:
 def load_pipeline(folder: Path) -> WanPipeline:
     """diffusers' text-to-video pipeline over a base folder."""
     return WanPipeline(
-        tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
-        text_encoder=UMT5EncoderModel.from_pretrained(folder / "text_encoder"),
+        tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
+        text_encoder=UMT5EncoderModel.from_pretrained(folder / "text_encoder", local_files_only=True),
         transformer=load_transformer(folder),
         vae=load_vae(folder),
-        scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
+        scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(
+            folder / "scheduler", local_files_only=True
+        ),
     )
 
 
@@ -53,8 +55,10 @@ def _load(kind, folder: Path, part: str):
             f"{folder / part}: no .safetensors file. Expected a base folder with {part}/ in it."
         )
     if files[0].name.startswith("diffusion_pytorch_model"):
-        return kind.from_pretrained(folder / part).eval()
-    return kind.from_single_file(str(files[0]), config=str(folder), subfolder=part).eval()
+        return kind.from_pretrained(folder / part, local_files_only=True).eval()
+    return kind.from_single_file(
+        str(files[0]), config=str(folder), subfolder=part, local_files_only=True
+    ).eval()
 
 
 def load_unet(folder: Path) -> UNet2DConditionModel:
@@ -72,7 +76,7 @@ def load_noise_schedule(folder: Path) -> DDPMScheduler:
 
     Raises ValueError for a model that predicts something else than the noise.
     """
-    schedule = DDPMScheduler.from_pretrained(folder / "scheduler")
+    schedule = DDPMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
     if schedule.config.prediction_type != "epsilon":
         raise ValueError(
             f"{folder / 'scheduler'}: prediction_type is {schedule.config.prediction_type!r}; expected "

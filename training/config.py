@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from lofa_core.descriptions import KINDS, Form, Modulation, Readout, Target, WeightInput
+from lofa_core.documents import read_text
 
+_MAX_TOML, _MAX_DOTS = 2**20, 200  # characters of a file, and dots in a line
 # Names of the reconstruction losses, in training/losses.py.
 RECONSTRUCTIONS = ("factors", "delta", "delta_cosine", "spectral", "canonical")
 
@@ -259,13 +261,22 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainingConfig:
 
     Raises ValueError naming the file or override, the key, and what was expected.
     """
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path}: not valid TOML: {error}") from error
+    values = read_toml(path)
     for override in overrides:
         _override(values, override)
     return fill(TrainingConfig, values, str(path))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """What a TOML file holds. FileNotFoundError, or ValueError naming the file where it is no TOML."""
+    text = read_text(path)
+    # Names with thousands of parts take tomllib their square in time and memory.
+    if len(text) > _MAX_TOML or any(line.count(".") > _MAX_DOTS for line in text.splitlines()):
+        raise ValueError(f"{path}: no configuration: it is larger than {_MAX_TOML} characters, or all dots.")
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # a whole number of many digits is a plain ValueError
+        raise ValueError(f"{path}: not valid TOML: {error}") from error
 
 
 def _override(values: dict[str, Any], text: str) -> None:
@@ -275,7 +286,7 @@ def _override(values: dict[str, Any], text: str) -> None:
         raise ValueError(f"{text!r}: expected section.key=value, for example stage1.steps=100.")
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         parsed = value.strip()  # a word without quotes
     table = values.setdefault(keys[0], {}) if len(keys) == 2 else values
     if not isinstance(table, dict):

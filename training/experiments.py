@@ -17,7 +17,6 @@ import json
 import re
 import sys
 import time
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from lofa_core.whole_files import write_whole
 
 from . import lora_diffusion
 from .baselines.simple import mean_lora, nearest_lora, ridge_lora
-from .config import EvaluationConfig, fill, load_config
+from .config import EvaluationConfig, fill, load_config, read_toml
 from .evaluate import held_out_conditions, rounded
 from .factors import Factors
 from .judge import Judge, Method, agreement, predicted_factors, response_figures
@@ -80,10 +79,7 @@ class Plan:
     @classmethod
     def load(cls, path: Path) -> "Plan":
         """Raises ValueError naming the file, the experiment and the key."""
-        try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except tomllib.TOMLDecodeError as error:
-            raise ValueError(f"{path}: not valid TOML: {error}") from error
+        values = read_toml(path)
         found: dict[str, Experiment] = {}
         for name, given in values.pop("experiment", {}).items():
             found[name] = fill(Experiment, given, f"{path} [experiment.{name!r}]")

@@ -6,11 +6,12 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
+from lofa_core.documents import read_lines
 from lofa_core.int8 import packed, unpacked
 from lofa_core.lora import LoRA, LoRALayer
 from lofa_core.lora_files import load_lora, read_safetensors, save_lora, write_safetensors
@@ -89,14 +90,19 @@ class Record:
         return json.dumps(values | settings) + "\n"
 
     @classmethod
-    def read(cls, line: str) -> "Record | None":
+    def read(cls, line: str | bytes) -> "Record | None":
         """A line's record; None for a line that is torn or not a record."""
         try:
             values = json.loads(line)
             own = {name: values.pop(name) for name in ("task", "status", "file", "sha256", "loss", "reason")}
-        except (json.JSONDecodeError, KeyError, AttributeError, TypeError):
+        except (ValueError, RecursionError, KeyError, AttributeError, TypeError):
             return None
-        return cls(**own, settings=values)
+        texts = [own["task"], *(own[name] for name in ("file", "sha256", "reason") if own[name] is not None)]
+        number = own["loss"] is None or type(own["loss"]) in (int, float)
+        beside = own["file"] is None or not set("/\\\0") & set(str(own["file"]))  # datasets are passed on
+        if not all(isinstance(text, str) for text in texts) or not number or not beside:
+            return None
+        return cls(**own, settings=values) if own["status"] in get_args(Status) else None
 
 
 class LoRAFolder:
@@ -114,8 +120,7 @@ class LoRAFolder:
         """The last record of each task, by task id; torn lines are passed over."""
         if not self.manifest.exists():
             return {}
-        lines = self.manifest.read_text(encoding="utf-8", errors="replace").splitlines()
-        found = (Record.read(line) for line in lines)
+        found = (Record.read(line) for line in read_lines(self.manifest))
         return {record.task: record for record in found if record}
 
     def valid(self) -> dict[str, Record]:

@@ -4,7 +4,6 @@ The encoder is CLIP-ViT-L (LoFA sections 4.2 and 4.3) or a smaller one of the sa
 the same states in a CLIP_VISION_OUTPUT. transformers is imported when an encoder is opened.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .text import quiet
+from ..documents import read_json
+from .pretrained import open_pretrained
 
 # What CLIP was trained with: its pictures' mean and deviation.
 MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -47,30 +47,16 @@ class CLIPImageEncoder:
                 f"{folder}: no config.json of an image encoder here, nor in image_encoder/. Name a folder "
                 "with CLIP-ViT-L's vision model as transformers saves it."
             )
-        try:
-            import transformers
-        except ImportError as error:
-            raise ValueError(
-                "Encoding a picture needs the package transformers: pip install transformers"
-            ) from error
-        kind: Any = transformers.CLIPVisionModel
-        try:
-            with quiet(transformers):
-                model, report = kind.from_pretrained(
-                    folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
-                )
-        except (RuntimeError, OSError) as error:
-            raise ValueError(f"{folder}: not a CLIP image encoder, or not a whole one ({error}).") from error
-        if report["missing_keys"]:
-            missing = ", ".join(sorted(report["missing_keys"])[:3])
-            raise ValueError(
-                f"{folder}: not a complete CLIP vision tower, {len(report['missing_keys'])} tensors are "
-                f"missing ({missing}). Copy the folder again."
-            )
+        model = open_pretrained("CLIPVisionModel", folder, "CLIP vision tower", dtype=torch.float32)
         processor = folder / "preprocessor_config.json"
-        values = json.loads(processor.read_text(encoding="utf-8")) if processor.is_file() else {}
-        mean, deviation = values.get("image_mean", MEAN), values.get("image_std", DEVIATION)
-        return cls(model.eval().to(device), model.config.image_size, mean, deviation)
+        values = read_json(processor) if processor.is_file() else {}
+        if not isinstance(values, dict):
+            raise ValueError(f"{processor}: holds a {type(values).__name__}; expected an object.")
+        mean, deviation = (
+            _three(values.get(name, usual), f"{processor}: {name}")
+            for name, usual in (("image_mean", MEAN), ("image_std", DEVIATION))
+        )
+        return cls(model.to(device), model.config.image_size, mean, deviation)
 
     @torch.no_grad()
     def encode(self, pictures: Sequence[np.ndarray]) -> Tensor:
@@ -86,6 +72,14 @@ class CLIPImageEncoder:
     def _prepared(self, picture: np.ndarray) -> Tensor:
         """The middle square, as large as the encoder wants it, normalised; as ComfyUI prepares it."""
         return (middle_square(picture, self._size) - self._mean) / self._deviation
+
+
+def _three(values: Any, what: str) -> Sequence[float]:
+    given = values if isinstance(values, list | tuple) else ()
+    numbers = [value for value in given if type(value) in (int, float) and 0 < value < 100]
+    if len(numbers) != 3 or len(given) != 3:
+        raise ValueError(f"{what} is {values!r:.60}; expected three numbers above 0.")
+    return numbers
 
 
 def middle_square(picture: np.ndarray, size: int, shorter: int | None = None) -> Tensor:

@@ -7,13 +7,14 @@ opened.
 
 import difflib
 import re
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .pretrained import errors_of, open_pretrained
 
 MAX_TOKENS = 512  # what WAN2.1 was trained to read
 _SHOWN_UNKNOWN = 8
@@ -80,28 +81,8 @@ class TextEncoder:
         Raises ValueError for files that are not a complete UMT5 encoder, or where transformers is missing.
         """
         folder = base_folder(folder)
-        try:
-            import transformers
-        except ImportError as error:
-            raise ValueError(
-                "Encoding a prompt needs the package transformers: pip install transformers sentencepiece"
-            ) from error
-        encoder: Any = transformers.UMT5EncoderModel  # its stubs know no output_loading_info
-        weights = folder / "text_encoder"
-        with quiet(transformers):
-            try:
-                model, report = encoder.from_pretrained(
-                    weights, dtype="auto", local_files_only=True, output_loading_info=True
-                )
-            except RuntimeError as error:  # transformers reports tensors of the wrong shape with it
-                raise ValueError(f"{weights}: config.json and the weights do not fit each other.") from error
-        if report["missing_keys"]:
-            missing = ", ".join(sorted(report["missing_keys"])[:3])
-            raise ValueError(
-                f"{weights}: not a complete UMT5 encoder, {len(report['missing_keys'])} tensors are missing "
-                f"({missing}). Copy the text_encoder folder again."
-            )
-        return cls(model.eval().to(device), _open_tokenizer(folder / "tokenizer"))
+        model = open_pretrained("UMT5EncoderModel", folder / "text_encoder", "UMT5 encoder", dtype="auto")
+        return cls(model.to(device), _open_tokenizer(folder / "tokenizer"))
 
     def encode(self, prompt: str) -> Tensor:
         """States [1, S, d] of the prompt's tokens and the closing </s>, without padding rows.
@@ -129,7 +110,8 @@ def _open_tokenizer(folder: Path) -> Callable[[str], list[int]]:
     if (folder / "tokenizer.json").is_file():
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        with errors_of(folder, "tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         return lambda text: tokenizer(text).input_ids
     if not (folder / "spiece.model").is_file():
         raise ValueError(f"{folder}: neither tokenizer.json nor spiece.model is here. Copy the folder again.")
@@ -142,18 +124,3 @@ def _open_tokenizer(folder: Path) -> Callable[[str], list[int]]:
     except RuntimeError as error:
         raise ValueError(f"{folder / 'spiece.model'}: not a SentencePiece model, or damaged.") from error
     return lambda text: [*pieces.encode(text), pieces.eos_id()]
-
-
-@contextmanager
-def quiet(transformers: Any) -> Iterator[None]:
-    """Without transformers' progress bar and loading report: what matters of them is raised as an error."""
-    log = transformers.utils.logging
-    verbosity, bar = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        log.set_verbosity(verbosity)
-        if bar:
-            log.enable_progress_bar()

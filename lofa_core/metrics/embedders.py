@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ..conditions.image import DEVIATION, MEAN, middle_square
-from ..conditions.text import quiet
+from ..conditions.pretrained import errors_of, open_pretrained
 
 BATCH = 32
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -56,8 +56,10 @@ class CLIP(FrameEmbedder):
         model = _read("CLIPModel", folder)
         import transformers
 
-        tokenizer: Any = transformers.CLIPTokenizer
-        return cls(model.to(device), tokenizer.from_pretrained(folder, local_files_only=True), device)
+        kind: Any = transformers.CLIPTokenizer
+        with errors_of(folder, "tokenizer"):
+            tokenizer = kind.from_pretrained(folder, local_files_only=True)
+        return cls(model.to(device), tokenizer, device)
 
     @torch.no_grad()
     def sentences(self, sentences: Sequence[str]) -> np.ndarray:
@@ -91,18 +93,4 @@ def _read(kind: str, folder: Path, **options: Any) -> Any:
     """A whole model of transformers from a local folder. ValueError where it is not one."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no config.json here. Name a folder as transformers saves {kind}.")
-    try:
-        import transformers
-    except ImportError as error:
-        raise ValueError("CLIP and DINO need the package transformers: pip install transformers") from error
-    try:
-        with quiet(transformers):
-            model, report = getattr(transformers, kind).from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True, output_loading_info=True, **options
-            )
-    except (RuntimeError, OSError) as error:
-        raise ValueError(f"{folder}: not a {kind}, or not a whole one ({error}).") from error
-    if report["missing_keys"]:
-        missing = ", ".join(sorted(report["missing_keys"])[:3])
-        raise ValueError(f"{folder}: not a whole {kind}, these tensors are missing: {missing}.")
-    return model.eval()
+    return open_pretrained(kind, folder, kind, dtype=torch.float32, **options)

@@ -11,9 +11,10 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderKLWan
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 from lofa_core.base_models import WAN_IMAGE_KINDS, BaseModel
+from lofa_core.conditions.pretrained import errors_of, open_pretrained
 from lofa_core.conditions.text import TextEncoder
 
 from ..backbones import (
@@ -115,10 +116,10 @@ class SDXLEncoders(BaseEncoders):
     def _texts(self) -> list[tuple[CLIPTokenizer, Any]]:
         return [
             (
-                CLIPTokenizer.from_pretrained(self.base / f"tokenizer{suffix}", local_files_only=True),
+                _clip_tokenizer(self.base / f"tokenizer{suffix}"),
                 _clip_encoder(kind, self.base / f"text_encoder{suffix}").to(self.device),
             )
-            for kind, suffix in ((CLIPTextModel, ""), (CLIPTextModelWithProjection, "_2"))
+            for kind, suffix in (("CLIPTextModel", ""), ("CLIPTextModelWithProjection", "_2"))
         ]
 
     def load(self) -> None:
@@ -187,19 +188,11 @@ def _frames(pixels: Tensor) -> np.ndarray:
     return ((pixels.clamp(-1, 1) + 1.0) * 127.5).round().byte().permute(0, 1, 3, 4, 2).cpu().numpy()
 
 
-def _clip_encoder(kind: Any, folder: Path) -> Any:
+def _clip_tokenizer(folder: Path) -> CLIPTokenizer:
+    with errors_of(folder, "tokenizer"):
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _clip_encoder(kind: str, folder: Path) -> Any:
     """A CLIP text encoder in float32. Raises ValueError where it is not whole."""
-    try:
-        model, report = kind.from_pretrained(
-            folder, dtype=torch.float32, variant=variant_of(folder), local_files_only=True,
-            output_loading_info=True,
-        )  # fmt: skip
-    except (RuntimeError, OSError) as error:
-        raise ValueError(f"{folder}: not a CLIP text encoder, or not a whole one ({error}).") from error
-    if report["missing_keys"]:
-        missing = ", ".join(sorted(report["missing_keys"])[:3])
-        raise ValueError(
-            f"{folder}: not a complete CLIP text encoder, {len(report['missing_keys'])} tensors are missing "
-            f"({missing}). Copy the folder again."
-        )
-    return model.eval()
+    return open_pretrained(kind, folder, "CLIP text encoder", dtype=torch.float32, variant=variant_of(folder))

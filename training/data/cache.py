@@ -17,8 +17,9 @@ from accelerate.utils import gather_object
 from rich.console import Console
 from rich.progress import track
 
-from lofa_core.base_models import BaseWeights, open_safetensors
+from lofa_core.base_models import BaseWeights
 from lofa_core.lora_files import write_safetensors
+from lofa_core.safetensors_file import open_safetensors
 from lofa_core.whole_files import cleared, write_whole
 
 from ..config import DataConfig
@@ -149,18 +150,17 @@ def key_of(task: Task, config: DataConfig, made_with: str) -> str:
 
 def read_cached(path: Path) -> tuple[str, Task, tuple[Problem, ...]] | None:
     """(key, the task with the clips that are in the file, what was left out); None where there is no whole
-    file.
+    file of this kind.
     """
     try:
-        with open_safetensors(path) as file:
-            metadata = file.metadata()
-    except (FileNotFoundError, ValueError):
+        metadata = open_safetensors(path).metadata
+        values = json.loads(metadata["task"])
+        clips = tuple(Clip(**clip) for clip in values.pop("clips"))
+        values |= {kind: tuple(values[kind]) for kind in CONDITION_FILES}
+        problems = tuple(Problem(**problem) for problem in json.loads(metadata["problems"]))
+        return metadata["key"], Task(clips=clips, **values), problems
+    except (FileNotFoundError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
         return None
-    values = json.loads(metadata["task"])
-    clips = tuple(Clip(**clip) for clip in values.pop("clips"))
-    values |= {kind: tuple(values[kind]) for kind in CONDITION_FILES}
-    problems = tuple(Problem(**problem) for problem in json.loads(metadata["problems"]))
-    return metadata["key"], Task(clips=clips, **values), problems
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lofa_core import miniature
-from lofa_core.base_models import open_safetensors
 from lofa_core.conditions import Conditions, Given
 from lofa_core.descriptions import BaseDescription, ConditionDescription
+from lofa_core.safetensors_file import open_safetensors
 
 from ..config import DataConfig
 from ..denoisers import Prompts
@@ -61,8 +61,7 @@ class CachedLatents:
 
     @staticmethod
     def _row(path: Path, row: int) -> Tensor:
-        with open_safetensors(path) as file:
-            return file.get_slice("latents")[row : row + 1]
+        return open_safetensors(path).rows("latents", row, row + 1)
 
 
 class FolderTasks(OverBase):
@@ -208,8 +207,8 @@ class FolderTasks(OverBase):
         if isinstance(told, str):
             return self._text(told)["states"].float()
         task, picks = told
-        with open_safetensors(self._file(task)) as file:
-            rows = torch.cat([file.get_slice(kind)[pick : pick + 1] for pick in picks]).float()
+        file = open_safetensors(self._file(task))
+        rows = torch.cat([file.rows(kind, pick, pick + 1) for pick in picks]).float()
         return rows[0] / 255.0 if kind == "pose" else rows.flatten(0, 1)
 
     @cached_property
@@ -234,8 +233,7 @@ class FolderTasks(OverBase):
             else:
                 key = "coarse_prompt" if kind == "text" else kind
                 task = next(name for name, task in self._tasks.items() if kind in task.kinds(self.kinds))
-                with open_safetensors(self._file(task)) as file:
-                    width = file.get_slice(key).get_shape()[-1]
+                width = open_safetensors(self._file(task)).shape(key)[-1]
                 known.append(ConditionDescription(kind, width, coarse_prompt=self.coarse_prompt))
         return tuple(known)
 
@@ -271,9 +269,9 @@ class FolderTasks(OverBase):
 
     def _text(self, sentence: str) -> Text:
         name, key = self._places[sentence]
-        with open_safetensors(self._file(name)) as file:
-            parts = {"states": key, "pooled": f"{key}.pooled"}
-            return {part: file.get_tensor(key) for part, key in parts.items() if key in file.keys()}
+        file = open_safetensors(self._file(name))
+        parts = {"states": key, "pooled": f"{key}.pooled"}
+        return {part: file.tensor(key) for part, key in parts.items() if key in file}
 
     @cached_property
     def _places(self) -> dict[str, tuple[TaskName, str]]:

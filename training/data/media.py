@@ -1,15 +1,18 @@
 """Clips and pictures as arrays: video through PyAV, images through Pillow, cut and resized to one size."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import av
 import numpy as np
 from PIL import Image, ImageOps
 
+from lofa_core.pictures import opened_picture, rgb
+
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-_PILLOW_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+# Other formats are lists of further files to open.
+_ONLY = {"format_whitelist": "mov,matroska,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,flv,asf,ogg,gif"}
+_MAX_PIXELS = 2**25  # of a frame; 8K has 33 million
 
 
 def read_clip(path: Path, frames: int, height: int, width: int, fps: float) -> np.ndarray:
@@ -43,8 +46,9 @@ def read_whole(path: Path, most: int) -> np.ndarray:
     last, or all where it has fewer. Raises ValueError naming the file where it cannot be decoded.
     """
     if is_image(path):
-        with _image(path) as image:
-            return np.array(ImageOps.exif_transpose(image).convert("RGB"))[None]
+        with opened_picture(path) as image:
+            ImageOps.exif_transpose(image, in_place=True)
+            return np.array(rgb(image))[None]
     count = sum(1 for _ in decoded(path))
     if not count:
         raise ValueError(f"{path}: no frame of this video can be decoded.")
@@ -56,14 +60,15 @@ def read_image(path: Path, height: int, width: int) -> np.ndarray:
 
     Raises ValueError naming the file where it cannot be decoded.
     """
-    with _image(path) as image:
-        return _fitted(ImageOps.exif_transpose(image).convert("RGB"), height, width)[None]
+    with opened_picture(path) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        return _fitted(rgb(image), height, width)[None]
 
 
 def check(path: Path) -> None:
     """Decode an image, or a video's first frame. Raises ValueError naming the file where that fails."""
     if is_image(path):
-        with _image(path) as image:
+        with opened_picture(path) as image:
             image.load()
     elif next(decoded(path), None) is None:
         raise ValueError(f"{path}: no frame of this video can be decoded.")
@@ -126,23 +131,18 @@ def _times(path: Path, last: float) -> list[float]:
 def decoded(path: Path) -> Iterator[av.VideoFrame]:
     """The frames of the first video stream, as they are shown."""
     try:
-        with av.open(str(path), metadata_errors="ignore") as container:
+        with av.open(f"file:{path}", metadata_errors="ignore", options=_ONLY) as container:
             if not container.streams.video:
                 raise ValueError(f"{path}: has no video stream.")
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise ValueError(f"{path}: nothing here decodes its video. Convert it to MP4 with H.264.")
+            if stream.width * stream.height > _MAX_PIXELS:
+                raise ValueError(f"{path}: its frames have {stream.width}x{stream.height} pixels, too many.")
             stream.thread_type = "AUTO"
             yield from container.decode(stream)
     except av.FFmpegError as error:
         raise ValueError(f"{path}: cannot be decoded as a video ({error.strerror}).") from error
-
-
-@contextmanager
-def _image(path: Path) -> Iterator[Image.Image]:
-    try:
-        with Image.open(path) as image:
-            yield image
-    except _PILLOW_ERRORS as error:
-        raise ValueError(f"{path}: cannot be decoded as an image ({error}).") from error
 
 
 def _fitted(image: Image.Image, height: int, width: int) -> np.ndarray:

@@ -5,20 +5,19 @@ dict in a .pth file, and a .pth file with the tensors `prompt_emb` and `latents`
 stands in the tables below and is checked; whatever is otherwise is an error that says what was found.
 """
 
-import json
-import pickle
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from lofa_core.archives import load_archive
 from lofa_core.base_models import TargetLayer
+from lofa_core.documents import MAX_LINES, read_json
 from lofa_core.lora import LoRA
 from lofa_core.lora_files import from_state_dict
+from lofa_core.numbers import check_finite
 
 from ..config import DataConfig
 from ..lora_dataset import LoRAFolder, Record
@@ -55,11 +54,9 @@ def read_published(folder: Path) -> tuple[tuple[Sample, ...], tuple[Problem, ...
     """
     listing = folder / METADATA
     try:
-        values = json.loads(listing.read_bytes())
+        values = read_json(listing)
     except FileNotFoundError as error:
         raise ValueError(f"{folder}: no {METADATA} here.") from error
-    except ValueError as error:
-        raise ValueError(f"{listing}: not JSON ({error}).") from error
     samples: dict[str, Sample] = {}
     problems: list[Problem] = []
     for name, entry in _entries(listing, values):
@@ -147,6 +144,8 @@ def _entries(listing: Path, values: Any) -> list[tuple[str, Any]]:
             if isinstance(values.get(key), list):
                 values = values[key]
                 break
+    if isinstance(values, dict | list) and len(values) > MAX_LINES:
+        raise ValueError(f"{listing}: has {len(values)} entries, at most {MAX_LINES} are read.")
     if isinstance(values, dict):
         return list(values.items())
     if isinstance(values, list):
@@ -218,6 +217,7 @@ def read_lora(path: Path) -> LoRA:
             raise ValueError(
                 f"{path}: {key!r} holds a {type(value).__name__}; expected a state dict of tensors."
             )
+        check_finite(value, f"{path}: {key}")
     try:
         return from_state_dict(values)
     except ValueError as error:
@@ -226,16 +226,7 @@ def read_lora(path: Path) -> LoRA:
 
 def _load(path: Path) -> dict:
     """A dict out of a .pth file; only tensors and plain containers are unpickled, no code is run."""
-    if not zipfile.is_zipfile(path):  # as torch.save has written them since 1.6
-        raise ValueError(f"{path}: is no PyTorch file, or was cut short.")
-    try:
-        values = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path}: holds something else than tensors and plain values; it was not run or read."
-        ) from error
-    except (RuntimeError, EOFError, KeyError, OSError) as error:
-        raise ValueError(f"{path}: is damaged ({error}).") from error
+    values = load_archive(path)
     if not isinstance(values, dict):
         raise ValueError(f"{path}: holds a {type(values).__name__}; expected a dict.")
     return values

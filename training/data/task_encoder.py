@@ -10,15 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lofa_core.base_models import open_safetensors
 from lofa_core.conditions.image import CLIPImageEncoder
 from lofa_core.conditions.pose import pose_from_keypoints, resample_frames
+from lofa_core.documents import read_json
+from lofa_core.safetensors_file import open_safetensors
 
 from ..config import DataConfig
 from . import media, published
 from .base_encoders import BaseEncoders, WanEncoders
 from .pose_video import PoseFinder, open_pose_finder, poses_of_video
-from .task_folder import CONDITION_FILES, Task, is_document, lacks, read_text, reason_of
+from .task_folder import CONDITION_FILES, Task, is_document, lacks, reason_of
 
 Skip = Callable[[str, str], None]  # hears of what is left out, and why
 
@@ -152,7 +153,7 @@ class TaskEncoder:
         config = self.config
         size = config.pose_frames, config.pose_size, config.pose_size
         if is_document(path):
-            drawn = pose_from_keypoints(read_text(path), *size)
+            drawn = pose_from_keypoints(read_json(path), *size)
         elif config.pose_models:
             clip = media.read_clip(path, config.frames, config.height, config.width, config.fps)
             looked_at = np.unique(np.linspace(0, len(clip) - 1, config.pose_frames).round().astype(int))

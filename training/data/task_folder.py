@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lofa_core.conditions.pose_keypoints import parse_pose
+from lofa_core.documents import read_json, read_lines, shown
 
 from ..config import DataConfig
 from . import media
@@ -51,10 +52,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that was left out: a file, a line or a task, and why."""
+    """Something that was left out: a file, a line or a task, and why, in words that can be shown."""
 
     what: str
     reason: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "what", shown(self.what))
+        object.__setattr__(self, "reason", shown(self.reason))
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ def read_task_folder(folder: Path, config: DataConfig) -> TaskFolder:
             '{"id": "wave", "prompt": "a person waves", "clips": [{"file": "wave.mp4"}]}'
         )
     reader = _Reader(folder, config)
-    for number, line in enumerate(listing.read_bytes().split(b"\n"), 1):
+    for number, line in enumerate(read_lines(listing), 1):
         if line.strip():
             reader.read_line(f"{TASKS} line {number}", line)
     tasks, problems = tuple(reader.tasks.values()), tuple(reader.problems)
@@ -109,7 +114,7 @@ class _Reader:
     def read_line(self, where: str, line: bytes) -> None:
         try:
             values = json.loads(line)  # also decodes it as UTF-8
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             self._skip(where, f"not a line of JSON ({error})")
             return
         if not isinstance(values, dict):
@@ -215,7 +220,7 @@ def why_not(folder: Path, file: str) -> str | None:
 def check_condition(path: Path, kind: str) -> None:
     """Look into a file that shows a pose, a style or a person. Raises ValueError where it cannot be used."""
     if kind == "pose" and is_document(path):
-        parse_pose(read_text(path))
+        parse_pose(read_json(path))
     elif kind != "pose" and not media.is_image(path):
         raise ValueError(f"is no picture; expected {', '.join(media.IMAGES)} for a {kind}")
     else:
@@ -225,14 +230,6 @@ def check_condition(path: Path, kind: str) -> None:
 def is_document(path: Path) -> bool:
     """Whether a pose is given by its keypoints."""
     return path.suffix.lower() == ".json"
-
-
-def read_text(path: Path) -> str:
-    """A file of UTF-8. Raises ValueError naming it where it is not."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is not UTF-8 ({error}).") from error
 
 
 def lacks(asked: Sequence[str]) -> str:

@@ -130,30 +130,40 @@ class Base:
 
     @cached_property
     def unet(self) -> UNet2DConditionModel:
-        return UNet2DConditionModel.from_pretrained(self.folder / "unet", torch_dtype=torch.float32).eval()
+        return UNet2DConditionModel.from_pretrained(
+            self.folder / "unet", torch_dtype=torch.float32, local_files_only=True
+        ).eval()
 
     @cached_property
     def vae(self) -> AutoencoderKL:
-        return AutoencoderKL.from_pretrained(self.folder / "vae", torch_dtype=torch.float32).eval()
+        return AutoencoderKL.from_pretrained(
+            self.folder / "vae", torch_dtype=torch.float32, local_files_only=True
+        ).eval()
 
     @cached_property
     def prompts(self) -> PromptEncoder:
-        first = CLIPTextModel.from_pretrained(self.folder / "text_encoder", dtype=torch.float32)
+        first = CLIPTextModel.from_pretrained(
+            self.folder / "text_encoder", dtype=torch.float32, local_files_only=True
+        )
         second = CLIPTextModelWithProjection.from_pretrained(
-            self.folder / "text_encoder_2", dtype=torch.float32
+            self.folder / "text_encoder_2", dtype=torch.float32, local_files_only=True
         )
         return PromptEncoder(
-            CLIPTokenizer.from_pretrained(self.folder / "tokenizer"), first.eval(), second.eval()
+            CLIPTokenizer.from_pretrained(self.folder / "tokenizer", local_files_only=True),
+            first.eval(),
+            second.eval(),
         )
 
     @cached_property
     def image_encoder(self) -> CLIPVisionModelWithProjection:
         folder = self.folder / "image_encoder"
-        return CLIPVisionModelWithProjection.from_pretrained(folder, dtype=torch.float32).eval()
+        return CLIPVisionModelWithProjection.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True
+        ).eval()
 
     @cached_property
     def scheduler(self) -> EulerDiscreteScheduler:
-        return EulerDiscreteScheduler.from_pretrained(self.folder / "scheduler")
+        return EulerDiscreteScheduler.from_pretrained(self.folder / "scheduler", local_files_only=True)
 
     def paint(
         self, prompts: Prompted, seed: int, *, steps: int = 20, guidance: float = 3.0, batch: int = 32

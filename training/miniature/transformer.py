@@ -60,7 +60,7 @@ class PromptEncoder:
 
 def load_prompt_encoder(folder: Path) -> PromptEncoder:
     """The prompt encoder of a miniature base folder."""
-    encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder").eval()
+    encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", local_files_only=True).eval()
     return PromptEncoder(
         encoder, text_encoder.Tokenizer((folder / "tokenizer" / "spiece.model").read_bytes())
     )
