@@ -18,6 +18,7 @@ from test_nodes import FINE
 pytestmark = pytest.mark.slow
 
 ATTEMPTS = 3  # at stopping within a second
+SHORT = 0.5  # seconds
 
 
 @pytest.fixture(scope="module")
@@ -193,15 +194,17 @@ def test_a_node_stops_within_a_second_and_the_next_run_is_as_an_undisturbed_one(
 ):
     watched = Watched(server, listener, case)
     wanted, seconds, run = watched.undisturbed()
+    record_property("seconds", round(seconds, 2))
+    if seconds < SHORT:
+        pytest.skip(f"{case} takes {seconds:.2f} s here, too short to be met in the middle")
     progress = run.progress.get(watched.node, [])
     if seconds > 1.0:
         assert len(progress) > 2 and progress[0][0] < progress[0][1], progress
         assert progress[-1][0] == progress[-1][1]
-    waits = []
+    waits: list[float] = []
     while not waits or (waits[-1] >= 1.0 and len(waits) < ATTEMPTS):
         waits.append(watched.stopped(0.4 * seconds))
         assert watched.undisturbed()[0] == wanted
-    record_property("seconds", round(seconds, 2))
     record_property("stopped in", [round(wait, 2) for wait in waits])
     assert min(waits) < 1.0, waits
 
