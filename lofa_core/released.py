@@ -104,7 +104,7 @@ def load_released(
 ) -> Hypernetwork:
     """The two published files as one hypernetwork for prediction, its weights in `dtype` (None: as stored).
 
-    Only tensors are unpickled. Raises FileNotFoundError, or ValueError naming the file and what is wrong.
+    Nothing is unpickled. Raises FileNotFoundError, or ValueError naming the file and what is wrong.
     """
     first, second = Path(stage1), Path(stage2)
     tensors: dict[str, Tensor] = {}

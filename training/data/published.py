@@ -225,7 +225,7 @@ def read_lora(path: Path) -> LoRA:
 
 
 def _load(path: Path) -> dict:
-    """A dict out of a .pth file; only tensors and plain containers are unpickled, no code is run."""
+    """A dict out of a .pth file; of tensors and plain values; no code is run."""
     values = load_archive(path)
     if not isinstance(values, dict):
         raise ValueError(f"{path}: holds a {type(values).__name__}; expected a dict.")
