@@ -216,11 +216,11 @@ def installation() -> Installation:
 
 @pytest.fixture(scope="session")
 def comfyui(installation):
-    """Starts a ComfyUI over an empty folder, told where to place models; it ends with the context."""
+    """Starts a ComfyUI over an empty folder; it ends with the context."""
 
-    def furnished(data: Path, placement: str = "--cpu"):
+    def furnished(data: Path):
         furnish(data)
-        return started(installation, data, placement)
+        return started(installation, data)
 
     return furnished
 
@@ -249,12 +249,12 @@ def furnish(data: Path) -> None:
 
 
 @contextmanager
-def started(installation: Installation, data: Path, placement: str) -> Iterator[Server]:
+def started(installation: Installation, data: Path) -> Iterator[Server]:
     """ComfyUI over a base directory; ended with the context."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [installation.python, "main.py", placement, "--listen", "127.0.0.1", "--port", port]
+    command = [installation.python, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", port]
     command += ["--base-directory", data, "--database-url", "sqlite:///:memory:"]
     command += ["--disable-api-nodes", "--disable-auto-launch"]
     log = data / "server.log"

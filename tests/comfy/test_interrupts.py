@@ -8,17 +8,17 @@ Conditions are not here: they reshape what they are given, in milliseconds.
 import os
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import large_models
 import pytest
+from clock import Clock
 from listening import Listener, Run, listening
 from test_nodes import FINE
 
 pytestmark = pytest.mark.slow
 
 ATTEMPTS = 3  # at stopping within a second
-SHORT = 0.5  # seconds
+SHORT = 1.0  # seconds: a node need not be met in the middle that takes less
 
 
 @pytest.fixture(scope="module")
@@ -107,29 +107,6 @@ def listed(prompt: dict, server) -> dict:
     return prompt | {"20": node("LoFAMiniatureExample", **chosen)}
 
 
-class Clock:
-    """Seconds since it was made, without those in which ComfyUI's busiest thread was ready to run and other
-    programs had the processors (Linux counts them).
-    """
-
-    def __init__(self, pid: int):
-        self.pid, self.started = pid, time.monotonic()
-        self.before = self._threads()
-
-    def seconds(self) -> float:
-        passed, waited = time.monotonic() - self.started, []
-        for thread, (ran, waits) in self._threads().items():
-            ran_before, waits_before = self.before.get(thread, (0, 0))
-            waited.append((ran - ran_before, waits - waits_before))
-        return passed - max(waited, default=(0, 0))[1] / 1e9
-
-    def _threads(self) -> dict[str, tuple[int, int]]:
-        """Nanoseconds that each thread ran, and waited for a processor."""
-        files = Path(f"/proc/{self.pid}/task").glob("*/schedstat")
-        counts = {file.parent.name: file.read_text().split() for file in files}
-        return {thread: (int(ran), int(waited)) for thread, (ran, waited, _) in counts.items()}
-
-
 class Watched:
     """One workflow whose node is interrupted."""
 
@@ -171,8 +148,10 @@ class Watched:
         (new,) = self.files().keys() - known.keys()
         return self.files()[new], seconds, run
 
-    def stopped(self, after: float) -> float:
-        """Interrupt the node so many seconds after it began; the seconds until ComfyUI says so (`Clock`)."""
+    def stopped(self, after: float) -> float | None:
+        """Interrupt the node so many seconds after it began; the seconds (of `Clock`) until ComfyUI says so,
+        None where the node was over by then.
+        """
         self.server.forget()
         known = self.files() if self.saves else {}
         prompt_id = self.queued()
@@ -181,6 +160,8 @@ class Watched:
         self.listener.post("/interrupt", {"prompt_id": prompt_id})
         run = self.listener.until_ended(prompt_id)
         seconds = clock.seconds()
+        if run.ended == "success" or run.ended_at == "90":
+            return None
         assert (run.ended, run.ended_at) == ("interrupted", self.node), run
         if self.saves:
             folder = self.server.data / "output/loras"
@@ -195,18 +176,21 @@ def test_a_node_stops_within_a_second_and_the_next_run_is_as_an_undisturbed_one(
     watched = Watched(server, listener, case)
     wanted, seconds, run = watched.undisturbed()
     record_property("seconds", round(seconds, 2))
-    if seconds < SHORT:
-        pytest.skip(f"{case} takes {seconds:.2f} s here, too short to be met in the middle")
     progress = run.progress.get(watched.node, [])
     if seconds > 1.0:
         assert len(progress) > 2 and progress[0][0] < progress[0][1], progress
         assert progress[-1][0] == progress[-1][1]
-    waits: list[float] = []
-    while not waits or (waits[-1] >= 1.0 and len(waits) < ATTEMPTS):
+    waits: list[float | None] = []
+    for _ in range(ATTEMPTS):
         waits.append(watched.stopped(0.4 * seconds))
         assert watched.undisturbed()[0] == wanted
-    record_property("stopped in", [round(wait, 2) for wait in waits])
-    assert min(waits) < 1.0, waits
+        if waits[-1] is not None and waits[-1] < 1.0:
+            break
+    record_property("stopped in", waits)
+    met = [wait for wait in waits if wait is not None]
+    if not met and seconds < SHORT:
+        pytest.skip(f"{case} takes {seconds:.2f} s here, too short to be met in the middle")
+    assert min(met) < 1.0, waits
 
 
 def test_a_large_file_s_hash_is_given_up_too(server, listener):

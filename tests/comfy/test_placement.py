@@ -59,15 +59,3 @@ def test_after_unloading_and_freeing_the_next_prompt_gives_the_same_bytes(server
         server.forget()
         again, said = digests(listener)
         assert again == wanted and "predicted in" in said[-1]
-
-
-@pytest.mark.slow
-def test_every_placement_option_gives_the_same_bytes(comfyui, server, tmp_path):
-    """Without a GPU ComfyUI takes --lowvram and --novram, and computes on the processor."""
-    with listening(server.url) as listener:
-        wanted, _ = digests(listener)
-    for option in ("--lowvram", "--novram"):
-        with comfyui(tmp_path / option, option) as other, listening(other.url) as listener:
-            assert digests(listener)[0] == wanted
-            other.forget()
-            assert digests(listener)[0] == wanted

@@ -2,11 +2,11 @@
 
 import os
 import shutil
-import time
 from dataclasses import replace
 
 import pytest
 import torch
+from clock import Clock
 from listening import listening
 from PIL import Image
 from test_nodes import predict_lora, sample
@@ -147,16 +147,18 @@ def large_file(server):
     file.unlink()
 
 
-def test_cancelling_a_prediction_stops_within_a_second_and_the_next_workflow_runs(listener, large_file):
+def test_cancelling_a_prediction_stops_within_a_second_and_the_next_workflow_runs(
+    server, listener, large_file
+):
     prompt_id = listener.queue(with_file(large_file.name))
     for kind, data in listener.messages():
         assert kind not in ("execution_error", "execution_success"), data
         if kind == "progress" and data["node"] == "4" and data["value"] > 0:
             break
     assert data["value"] < data["max"]
-    cancelled = time.monotonic()
+    cancelled = Clock(server.pid)
     listener.post("/interrupt", {})
     assert listener.until_ended(prompt_id).ended == "interrupted"
-    assert time.monotonic() - cancelled < 1.0
+    assert cancelled.seconds() < 1.0
     after = listener.run(heatmap(predict_lora()))
     assert after.ended == "success" and after.outputs["5"]["images"]
