@@ -208,7 +208,7 @@ def test_bad_output_names_are_refused_before_any_work(files, calls, capsys):
         ({"text_emb": torch.zeros(5, WIDTH)}, ["[1, S, d]", "[5, 8]"]),
         ({"text_emb": torch.zeros(1, 5, WIDTH, dtype=torch.int64)}, ["floating point"]),
         ({"text_emb": torch.zeros(1, 5, WIDTH + 1)}, ["9 numbers per token", "takes 8"]),
-        ({"text_emb": torch.full((1, 5, WIDTH), float("nan"))}, ["not numbers"]),
+        ({"text_emb": torch.full((1, 5, WIDTH), float("nan"))}, ["not finite"]),
     ],
 )
 def test_bad_conditions(files, calls, capsys, tensors, parts):

@@ -112,6 +112,7 @@ def test_whole_numbers_stand_for_floats_and_lists_become_tuples(tmp_path):
         (LEAST + "[lora]\nrank = 4.0\n", "[lora]: rank must be int, not 4.0"),
         (LEAST + "[lora]\nrank = true\n", "[lora]: rank must be int, not True"),
         (LEAST + "[lora]\nlearning_rate = true\n", "[lora]: learning_rate must be float, not True"),
+        (LEAST + f"[lora]\nlearning_rate = {9 * '9'}{400 * '0'}\n", "[lora]: learning_rate must be float"),
         (LEAST + '[lora]\nlearning_rate = "fast"\n', "[lora]: learning_rate must be float, not 'fast'"),
         (LEAST + "[network]\nfeature_blocks = 2\n", "[network]: feature_blocks must be a list, not 2"),
         (LEAST + "[network]\nfeature_blocks = [0, 1.5]\n", "[network]: feature_blocks must be int, not 1.5"),

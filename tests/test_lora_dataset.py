@@ -186,3 +186,15 @@ def test_lines_of_several_writers_do_not_mix(tmp_path):
     found = LoRAFolder(tmp_path).records()
     assert len(found) == len(LoRAFolder(tmp_path).manifest.read_text().splitlines()) == 200
     assert all(set(record.reason) == {name[0]} for name, record in found.items())
+
+
+@pytest.mark.parametrize(("layers", "rank", "said"), [(7, RANK, "has no"), (8, RANK + 1, "its layers are")])
+def test_a_lora_of_another_model_or_rank_is_named(tmp_path, layers, rank, said):
+    folder, _ = filled(tmp_path)
+    task, names = TASKS[2], NAMES[:layers]
+    side = BASE.layers[0].shape[0]
+    A, B = [torch.ones(rank, side)] * len(names), [torch.ones(side, rank)] * len(names)
+    file, sha256 = folder.write({"task": task.id}, names, A, B)
+    folder.append([Record(task.id, "done", file, sha256)])
+    with pytest.raises(ValueError, match=rf"{file}: {said}.*`lora-dataset`"):
+        folder.load([NAMES], TASKS)

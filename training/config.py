@@ -1,6 +1,7 @@
 """Training configuration: frozen dataclasses filled from one TOML file; unknown keys are refused."""
 
 import difflib
+import sys
 import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -335,8 +336,8 @@ def _checked(wanted: Any, value: Any, where: str):
                 f"{where} must be one of {', '.join(map(repr, get_args(wanted)))}, not {value!r}."
             )
         return value
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+    if wanted is float and type(value) is int and abs(value) <= sys.float_info.max:
         return float(value)
     if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
-        raise ValueError(f"{where} must be {wanted.__name__}, not {value!r}.")
+        raise ValueError(f"{where} must be {wanted.__name__}, not {value!r:.100}.")
     return value

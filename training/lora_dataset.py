@@ -169,13 +169,21 @@ class LoRAFolder:
     def load(self, groups: Sequence[Sequence[str]], tasks: Iterable[Task]) -> LoRADataset:
         """The valid LoRAs among those of `tasks`, in that order; `groups`: the names of each shape's layers.
 
-        Raises ValueError where there is none.
+        Raises ValueError where there is none, and naming one that is of other layers, shapes or rank.
         """
         valid = self.valid()
         kept = [task for task in tasks if task.id in valid]
         if not kept:
             raise ValueError(f"{self.path}: no valid LoRA of this configuration's tasks. Run `lora-dataset`.")
-        loras = [load_lora(self.path / str(valid[task.id].file)) for task in kept]
+        files = [self.path / str(valid[task.id].file) for task in kept]
+        loras = [load_lora(file) for file in files]
+        sizes = [_sizes(file, lora, groups) for file, lora in zip(files, loras, strict=True)]
+        for file, size in zip(files, sizes, strict=True):
+            if size != sizes[0]:
+                raise ValueError(
+                    f"{file}: its layers are {size}, those of {files[0].name} {sizes[0]}. "
+                    "Remove one of them and run `lora-dataset`."
+                )
         A = (torch.stack([_stack(lora[n].A.float() for n in names) for lora in loras]) for names in groups)
         B = (torch.stack([_stack(_folded(lora[n]) for n in names) for lora in loras]) for names in groups)
         return LoRADataset(Factors(tuple(A), tuple(B)), kept)
@@ -185,6 +193,23 @@ def checksum(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sizes(file: Path, lora: LoRA, groups: Sequence[Sequence[str]]) -> list[tuple[int, int, int]]:
+    """(rank, out, in) of each group's layers. ValueError where it lacks one, or they differ."""
+    found = []
+    for names in groups:
+        absent = [name for name in names if name not in lora]
+        if absent:
+            raise ValueError(
+                f"{file}: has no {absent[0]}, so it is no LoRA of this configuration's base. "
+                "Remove it and run `lora-dataset`."
+            )
+        sizes = sorted({(lora[name].rank, *lora[name].shape) for name in names})
+        if len(sizes) > 1:
+            raise ValueError(f"{file}: layers of one group are {sizes}. Remove it and run `lora-dataset`.")
+        found += sizes
+    return found
 
 
 def _folded(layer: LoRALayer) -> Tensor:
