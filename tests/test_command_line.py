@@ -72,7 +72,7 @@ def calls(monkeypatch):
 
     def predict(hypernetwork, base, conditions, **options):
         seen.append({"conditions": conditions, **options})
-        options["progress"](1, 2)
+        options["watch"].after(1, 2)
         responses = Maps((layer.name, torch.full(layer.shape, 0.25)) for layer in base.model.layers)
         return SimpleNamespace(lora=tiny_lora(), responses=responses, seconds=0.5)
 
