@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .documents import check_is_file, file_state
+from .documents import check_is_file, file_state, read_into
 from .safetensors_file import MAX_NAME
+from .steps import UNWATCHED, Watch
 
 MAX_DIRECTORY = 4 * 2**20  # bytes of the archive's list of parts; one of 700 parts has 0.1 million
 MAX_PICKLE = 16 * 2**20  # bytes; of a state dict of 700 tensors 0.1 million
@@ -69,8 +70,8 @@ class _Refused(Exception):
     """The pickle is more than a state dict."""
 
 
-def load_archive(path: Path) -> Any:
-    """The tensors, numbers, texts, lists and dicts of a .pth file.
+def load_archive(path: Path, watch: Watch = UNWATCHED) -> Any:
+    """The tensors, each a step, numbers, texts, lists and dicts of a .pth file.
 
     Raises FileNotFoundError, or ValueError naming the file where it is no archive, is damaged, holds anything
     else, or expands beyond its own size.
@@ -82,7 +83,7 @@ def load_archive(path: Path) -> Any:
             parts = _parts(file, state.size)
             (described,) = (name for name in parts if name.endswith("/data.pkl"))
             found = _carried_out(_part(file, parts[described], state.size))
-            values = _Filled(file, parts, described.removesuffix("data.pkl"), state.size).value(found)
+            values = _Filled(file, parts, described.removesuffix("data.pkl"), state.size, watch).value(found)
             if file_state(file) != state:
                 raise _Damaged("it was changed while it was read")
             return values
@@ -286,9 +287,16 @@ class _Filled:
     """The described values with their tensors read, each no larger than its part of the archive."""
 
     def __init__(
-        self, file: io.BufferedReader, parts: dict[str, zipfile.ZipInfo], folder: str, size: int
+        self,
+        file: io.BufferedReader,
+        parts: dict[str, zipfile.ZipInfo],
+        folder: str,
+        size: int,
+        watch: Watch,
     ) -> None:
         self.file, self.parts, self.folder, self.size = file, parts, folder, size
+        self.watch, self.done = watch, 0
+        self.total = sum(name.startswith(f"{folder}data/") for name in parts)
         self.left = 4 * size  # bytes that may be read; some files name a tensor twice
 
     def value(self, found: Any, depth: int = 0) -> Any:
@@ -326,7 +334,9 @@ class _Filled:
         self._take(length)
         data = torch.empty(length, dtype=torch.uint8)
         self.file.seek(_start(self.file, entry) + first)
-        if self.file.readinto(data.numpy().data) < length:
+        if not read_into(self.file, data, self.watch):
             raise _Damaged("it was cut short, perhaps while it was read")
+        self.done += 1
+        self.watch.after(min(self.done, self.total), self.total)
         numbers = data.ne(0) if dtype == torch.bool else data.view(dtype)
         return numbers.as_strided(stored.shape, stored.stride).contiguous()

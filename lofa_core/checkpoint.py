@@ -83,8 +83,7 @@ def load_hypernetwork(
     """
     path = Path(path)
     hypernetwork = describe_hypernetwork(path)
-    tensors = len(open_safetensors(path))
-    return hypernetwork.filled(unpacked(watch.each(each_tensor(path), tensors), dtype))
+    return hypernetwork.filled(unpacked(each_tensor(path, watch), dtype))
 
 
 def load_generator(
@@ -95,8 +94,7 @@ def load_generator(
     if format_of(path) != DIFFUSION_FORMAT:
         return load_hypernetwork(path, dtype, watch=watch)
     network = describe_lora_diffusion(path)
-    tensors = watch.each(each_tensor(path), len(open_safetensors(path)))
-    network.load_state_dict(unpacked(tensors, dtype), strict=False, assign=True)
+    network.load_state_dict(unpacked(each_tensor(path, watch), dtype), strict=False, assign=True)
     return network.eval().requires_grad_(False)
 
 

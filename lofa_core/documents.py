@@ -1,14 +1,20 @@
-"""Reading text and JSON that come from strangers."""
+"""Reading files that come from strangers: text, JSON, and what their readers share."""
 
 import json
 import os
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
+
+from torch import Tensor
+
+from .steps import Watch
 
 MAX_TEXT = 16 * 2**20  # bytes
 MAX_PARTS = 500_000  # lists and objects of JSON: the smallest take thirty times their bytes in memory
 MAX_LINES, MAX_LINE = 250_000, 2**20
+_PIECE = 2**24  # bytes read at once
 
 
 def check_is_file(path: Path) -> None:
@@ -35,6 +41,17 @@ class FileState(NamedTuple):
 def file_state(file: BinaryIO) -> FileState:
     found = os.fstat(file.fileno())
     return FileState(found.st_size, found.st_mtime_ns, found.st_dev, found.st_ino)
+
+
+def read_into(file: BufferedReader, data: Tensor, watch: Watch) -> bool:
+    """Fill `data`, uint8 [n], from where the file stands; whether there was enough. `watch` is asked between
+    pieces: from a slow disk a large tensor takes seconds.
+    """
+    for piece in data.split(_PIECE):
+        watch.before()
+        if file.readinto(piece.numpy().data) < len(piece):
+            return False
+    return True
 
 
 def read_text(path: Path) -> str:

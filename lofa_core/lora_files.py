@@ -180,7 +180,7 @@ def load_target_layers(path: Path | str, watch: Watch = UNWATCHED) -> tuple[LoRA
         kept, others = _target_layers(file)
         state = {}
         for key in watch.each(kept, len(kept)):
-            state[key] = file.tensor(key)
+            state[key] = file.tensor(key, watch)
             check_finite(state[key], key)
         return from_state_dict(state, file.metadata), others
     except ValueError as error:
@@ -235,15 +235,15 @@ def read_safetensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str
     return {key: file.tensor(key) for key in file}, file.metadata
 
 
-def each_tensor(path: Path | str) -> Iterator[tuple[str, Tensor]]:
-    """(key, tensor) after another of a large safetensors file, each in memory of its own.
+def each_tensor(path: Path | str, watch: Watch = UNWATCHED) -> Iterator[tuple[str, Tensor]]:
+    """(key, tensor) after another of a large safetensors file, each in memory of its own and a step.
 
     What was read and let go does not stay in memory. Raises as `read_safetensors`, also for numbers
     that are not finite.
     """
     file = open_safetensors(Path(path))
-    for key in file:
-        tensor = file.tensor(key)
+    for key in watch.each(file, len(file)):
+        tensor = file.tensor(key, watch)
         check_finite(tensor, f"{path}: {key}")
         yield key, tensor
 

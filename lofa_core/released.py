@@ -111,7 +111,7 @@ def load_released(
     hypernetwork: Hypernetwork | None = None
     # Stage II first: it alone says which blocks attend to features. One file is open at a time.
     for stage, path in (("stage2", second), ("stage1", first)):
-        published = read_stage(path)
+        published = read_stage(path, watch)
         _check_stage(published, stage, path)
         if hypernetwork is None:
             try:
@@ -124,7 +124,8 @@ def load_released(
             if key.startswith(f"{stage}.")
         }
         _check_shapes(published, _published_shapes(expected), path)
-        for name, shape in watch.each(expected.items(), len(hypernetwork.own_state()), len(tensors)):
+        for name, shape in expected.items():
+            watch.before()
             value = _take(published, name).reshape(shape)
             tensors[f"{stage}.{name}"] = value.to(dtype or value.dtype)
     assert hypernetwork is not None
@@ -156,12 +157,12 @@ def published_state(hypernetwork: Hypernetwork) -> tuple[dict[str, Tensor], dict
     return states[0], states[1]
 
 
-def read_stage(path: Path) -> dict[str, Tensor]:
+def read_stage(path: Path, watch: Watch = UNWATCHED) -> dict[str, Tensor]:
     """One published file. It is read as tensors; see archives.py.
 
     Raises FileNotFoundError, or ValueError for anything but a state dict.
     """
-    state = load_archive(path)
+    state = load_archive(path, watch)
     if not isinstance(state, Mapping) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
     ):
@@ -170,6 +171,7 @@ def read_stage(path: Path) -> dict[str, Tensor]:
             "stage2_preview.pth."
         )
     for key, value in state.items():
+        watch.before()
         check_finite(value, f"{path}: {key:.200}")
     return dict(state)
 

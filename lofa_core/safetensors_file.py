@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .documents import FileState, check_is_file, file_state
+from .documents import FileState, check_is_file, file_state, read_into
+from .steps import UNWATCHED, Watch
 
 MAX_HEADER = 16 * 2**20  # bytes; a Flux or SDXL checkpoint with 2,500 tensors has 0.3 million
 MAX_TENSORS = 20_000
@@ -96,12 +97,12 @@ class SafetensorsFile:
     def is_floating_point(self, key: str) -> bool:
         return self.dtype(key).startswith(("F", "BF"))
 
-    def tensor(self, key: str) -> Tensor:
+    def tensor(self, key: str, watch: Watch = UNWATCHED) -> Tensor:
         """One tensor, in memory of its own. ValueError where the file has changed since it was opened, or
         PyTorch has no such dtype.
         """
         entry = self._entries[key]
-        return self._read(key, entry.start, entry.shape)
+        return self._read(key, entry.start, entry.shape, watch)
 
     def rows(self, key: str, first: int, last: int) -> Tensor:
         """Rows `first` to `last` (not included, and no further than there are) of a tensor, alone."""
@@ -112,7 +113,7 @@ class SafetensorsFile:
         bits = _DTYPES[entry.dtype][0] * math.prod(entry.shape[1:])
         return self._read(key, entry.start + first * bits // 8, (last - first, *entry.shape[1:]))
 
-    def _read(self, key: str, start: int, shape: tuple[int, ...]) -> Tensor:
+    def _read(self, key: str, start: int, shape: tuple[int, ...], watch: Watch = UNWATCHED) -> Tensor:
         bits, dtype = _DTYPES[self._entries[key].dtype]
         if dtype is None:
             raise ValueError(
@@ -125,7 +126,7 @@ class SafetensorsFile:
             raise MemoryError(f"{self.path}: {key} does not fit into memory.") from error
         with _opened(self.path) as file:
             file.seek(start)
-            whole = file.readinto(data.numpy().data) == data.numel()
+            whole = read_into(file, data, watch)
             if not whole or file_state(file) != self._state:
                 raise ValueError(f"{self.path} was changed while it was read. Wait, and read it again.")
         return data.ne(0).view(shape) if dtype == torch.bool else data.view(dtype).view(shape)

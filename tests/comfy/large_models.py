@@ -18,6 +18,7 @@ from lofa_core.checkpoint import save_hypernetwork
 from lofa_core.descriptions import BaseDescription, ConditionDescription, LayerDescription
 from lofa_core.key_names import wan_to_original
 from lofa_core.lora_files import write_safetensors
+from lofa_core.released import published_state
 from training.full_size import RELEASED, SIDE, random_hypernetwork, random_parameters
 
 BLOCKS = 2  # of 30
@@ -48,6 +49,9 @@ def write(models: Path) -> list[Path]:
     files = [models / name for name in made]
     files.append(models / "lofa/large.safetensors")
     save_hypernetwork(network, files[-1], dtype=torch.bfloat16)
+    for place, stage in enumerate(published_state(network), 1):
+        files.append(models / f"lofa/large_stage{place}.pth")
+        torch.save(stage, files[-1])
     pose = ConditionDescription("pose", 3, size=POSE)
     files.append(models / "lofa/large_pose.safetensors")
     save_hypernetwork(smaller_network(1, replace(CONFIG, grid=(4, 4)), known, conditions=(pose,)), files[-1])

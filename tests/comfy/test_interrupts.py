@@ -67,6 +67,7 @@ SAMPLE = node(
     "SamplerCustomAdvanced", noise=["11", 0], guider=["10", 0], sampler=["12", 0], sigmas=["13", 0],
     latent_image=["14", 0],
 )  # fmt: skip
+PUBLISHED = {"hypernetwork": "large_stage1.pth", "stage2": "large_stage2.pth"}
 WEIGHTS = {"first_weight": 1.0, "second_weight": 0.5}
 KEYPOINTS = node("LoFAEncodePose", hypernetwork=["2", 0], keypoints=["20", 0])
 SKELETONS = POSE | {
@@ -78,6 +79,7 @@ SKELETONS = POSE | {
 # What is interrupted, node 30 (Load Hypernetwork: node 2), and what it needs.
 CASES = {
     "Load Hypernetwork": (LOAD, None),
+    "Load Hypernetwork, LoFA_v0's two files": ({"2": node("LoFALoadHypernetwork", **PUBLISHED)}, None),
     "Encode Text": (LOAD | CLIP, TEXT["3"]),
     "Encode Pose, keypoints": (POSE, KEYPOINTS),
     "Encode Pose, pictures": (SKELETONS, node("LoFAEncodePose", hypernetwork=["2", 0], skeletons=["22", 0])),
