@@ -84,18 +84,6 @@ def _check_names(keys: Collection[str]) -> dict[str, tuple[str, str]]:
     return {key: place for place, key in found.items()}
 
 
-def of_target_layers(
-    state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> tuple[LoRA, tuple[str, ...]]:
-    """(the LoRA of the target layers, the keys of everything else) in a state dict of any layout: people's
-    LoRAs often change feed-forward layers and text encoders too.
-
-    Raises ValueError where no target layer is among them, and as `from_state_dict`.
-    """
-    kept, others = _target_layers(state)
-    return from_state_dict({key: state[key] for key in kept}, metadata), others
-
-
 def _target_layers(keys: Collection[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(the keys of a LoRA of target layers, all others)."""
     kept: list[str] = []
@@ -174,7 +162,11 @@ def load_lora(path: Path | str) -> LoRA:
 
 
 def load_target_layers(path: Path | str, watch: Watch = UNWATCHED) -> tuple[LoRA, tuple[str, ...]]:
-    """What `of_target_layers` gives of a file, of which nothing else is read. Raises as `load_lora`."""
+    """(the LoRA of the target layers, the keys of everything else) in a file of any layout: people's LoRAs
+    often change feed-forward layers and text encoders too, which are not read.
+
+    Raises as `load_lora`, and ValueError where no target layer is among them.
+    """
     file = open_safetensors(Path(path))
     try:
         kept, others = _target_layers(file)

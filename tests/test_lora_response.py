@@ -6,7 +6,7 @@ from tiny import SIDE, base_tensors
 
 from lofa_core.base_models import BaseWeights
 from lofa_core.lora import LoRA, LoRALayer
-from lofa_core.lora_files import of_target_layers, to_state_dict
+from lofa_core.lora_files import load_target_layers, to_state_dict, write_safetensors
 from lofa_core.lora_response import LoRAResponses
 
 
@@ -40,7 +40,7 @@ def test_a_lora_of_another_base_is_refused_with_the_count(base):
         LoRAResponses(base, lora_of(names, shape=(SIDE + 1, SIDE)))
 
 
-def test_what_is_no_target_layer_is_left_out_and_named(base):
+def test_what_is_no_target_layer_is_left_out_and_named(base, tmp_path):
     names = [layer.name for layer in base.model.layers[:2]]
     state = to_state_dict(lora_of(names))
     more = {
@@ -48,9 +48,15 @@ def test_what_is_no_target_layer_is_left_out_and_named(base):
         "lora_te_text_model_encoder_layers_0_mlp_fc1.alpha": torch.tensor(1.0),
         "diffusion_model.blocks.0.norm3.diff_b": torch.zeros(4),
     }
-    lora, others = of_target_layers(more | state, {"made": "there"})
-    assert list(lora) == names and set(others) == set(more) and lora.metadata == {"made": "there"}
-    with pytest.raises(ValueError, match=r"None of these 3 tensors \(first diffusion_model.*ffn"):
-        of_target_layers(more)
+    path = tmp_path / "it.safetensors"
+    write_safetensors(more | state, path, {"made": "there"})
+    lora, others = load_target_layers(path)
+    assert list(lora) == sorted(names) and set(others) == set(more) and lora.metadata == {"made": "there"}
+    write_safetensors(more, path, {})
+    with pytest.raises(
+        ValueError, match=r"it.safetensors: None of these 3 tensors \(first diffusion_model.*ffn"
+    ):
+        load_target_layers(path)
+    write_safetensors({}, path, {})
     with pytest.raises(ValueError, match="None of these 0 tensors belongs"):
-        of_target_layers({})
+        load_target_layers(path)
