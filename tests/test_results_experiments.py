@@ -8,7 +8,17 @@ import pytest
 from PIL import Image
 
 from training import result_tables, results, results_experiments
-from training.results_experiments import Experiments, against, gap_closed, mean_and_spread, section
+from training.result_tables import Choice, Line
+from training.results_experiments import (
+    Experiments,
+    against,
+    choices_table,
+    gap_closed,
+    mean_and_spread,
+    pooled_deviation,
+    section,
+    verdict,
+)
 
 MEASURES = ("joint", "mean_accuracy", "frechet", "flow_matching", "motion", "diversity")
 
@@ -98,6 +108,49 @@ def test_the_page_has_every_table_that_has_runs_and_the_papers_figures_beside_th
     cosines = next(line for line in lines if line.startswith("| Stage II to Stage I |"))
     assert cosines == "| Stage II to Stage I | 0.210 ± 0.010 | 0.710 ± 0.010 | 0.91 |"
     assert "| LoFA | 0.250 ± 0.000 | 1,234,567 |" in lines
+
+
+def test_deviations_are_pooled_about_each_groups_own_mean():
+    assert pooled_deviation([[1.0, 3.0], [10.0], [5.0, 5.0, 8.0], []]) == pytest.approx(math.sqrt(8.0 / 3.0))
+    assert pooled_deviation([[1.0], [4.0], []]) is None
+
+
+@pytest.mark.parametrize(
+    "gains, says",
+    [
+        ((0.5, 0.1), "helps"),
+        ((0.1, -0.5), "hurts"),
+        ((0.5, -0.5), "one measure helped, one hurt"),
+        ((0.1, -0.2), "no difference seen"),  # two errors are not beyond two
+    ],
+)
+def test_what_two_measures_say_together(gains, says):
+    assert verdict(gains, (0.1, 0.1)) == says
+
+
+def test_each_choice_stands_beside_what_becomes_of_tasks_without_it(folder):
+    choices = (
+        Choice("two stages", (Line("one", "without response"), Line("never run", "nowhere"))),
+        Choice("0.02", (Line("0.01", "threshold 0.01"),)),
+        Choice("many tasks", (Line("32", "LoFA, 32 tasks"),)),
+    )
+    table = choices_table(Experiments(folder), choices)
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table[2:]]
+    assert [row[:3] for row in cells] == [
+        ["two stages", "one", "3"],
+        ["0.02", "0.01", "3"],
+        ["many tasks", "32", "1"],
+    ]
+    joint = math.sqrt((0.05**2 + 0.05**2) / 4)  # the other rows' differences are all alike, or alone
+    frechet = math.sqrt((0.5**2 + 0.5**2) / 4)
+    three = math.sqrt(3)
+    assert cells[0][3:] == [f"-0.100 ± {joint / three:.3f}", f"+2.00 ± {frechet / three:.2f}", "helps"]
+    assert cells[1][3:5] == [f"+0.000 ± {joint / three:.3f}", f"+0.00 ± {frechet / three:.2f}"]
+    assert cells[1][5] == "no difference seen"
+    assert cells[2][3:] == [f"-0.100 ± {joint:.3f}", f"+3.00 ± {frechet:.2f}", "helps"]
+    alone = (Choice("many tasks", (Line("32", "LoFA, 32 tasks"),)),)
+    assert choices_table(Experiments(folder), alone) == []  # one seed has no deviation
+    assert "### Choices of the design, one by one" in section(folder, folder.parent)
 
 
 def test_factors_stand_one_by_one_of_the_seeds_that_tell(folder):

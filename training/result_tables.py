@@ -4,6 +4,7 @@ paper's figures.
 
 from dataclasses import dataclass
 
+PUBLISHED = "reconstruction and diffusion"  # the losses of eq. 8
 BASE, LOFA, YARDSTICK, AGAIN = "base", "LoFA", "per-task LoRA", "per-task LoRA, again"
 # Training steps of a per-task LoRA, and the experiment: the configuration's own has 120.
 BUDGETS = {
@@ -30,6 +31,15 @@ class Table:
     paper: tuple[str, ...]
     lines: tuple[Line, ...]
     against_lofa: bool = True  # with columns of the difference from LoFA, seed by seed
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Something that a design decides, the experiment that decides so, and what else was tried."""
+
+    what: str
+    others: tuple[Line, ...]
+    chosen: str = LOFA
 
 
 MEASURES: dict[str, tuple[str, int]] = {
@@ -97,7 +107,7 @@ TABLES = (
         (),
         (
             Line("reconstruction alone", "reconstruction alone"),
-            Line("reconstruction and diffusion (as published)", "reconstruction and diffusion"),
+            Line("reconstruction and diffusion (as published)", PUBLISHED),
             Line("diffusion alone", "diffusion alone"),
             Line("distillation alone", "distillation alone"),
             Line("all three (ours)", LOFA),
@@ -155,5 +165,58 @@ TABLES = (
         )
         + (Line("120 steps again, other clips and noise", AGAIN),),
         against_lofa=False,
+    ),
+)
+
+# The paper's, but for the last but one.
+CHOICES = (
+    Choice(
+        "a response map first",
+        (
+            Line("one stage", "without response"),
+            Line("Stage I predicts the LoRA", "Stage I predicts the LoRA"),
+            Line("so does a Stage I of one block", "lightweight Stage I"),
+        ),
+    ),
+    Choice(
+        "the base's weights as input",
+        (
+            Line("the condition", "condition as input"),
+            Line("random constants", "random constants as input"),
+        ),
+    ),
+    Choice(
+        "threshold 0.02",
+        tuple(Line(value, f"threshold {value}") for value in ("0.01", "0.015", "0.025", "0.03")),
+    ),
+    Choice(
+        "Stage I's features in the 1st and 3rd block",
+        (
+            Line("in none", "features nowhere"),
+            Line("1st", "features in block 0"),
+            Line("1st and 2nd", "features in blocks 0 and 1"),
+            Line("2nd and 3rd", "features in blocks 1 and 2"),
+            Line("all", "features in every block"),
+        ),
+    ),
+    Choice(
+        "reconstruction and diffusion (eq. 8)",
+        (
+            Line("reconstruction alone (eq. 6)", "reconstruction alone"),
+            Line("diffusion alone", "diffusion alone"),
+        ),
+        PUBLISHED,
+    ),
+    Choice(
+        "many tasks, 448",
+        tuple(Line(f"{count}", f"LoFA, {count} tasks") for count in (256, 128, 64, 32)),
+    ),
+    Choice(
+        "distillation beside the paper's losses (ours)",
+        (Line("the paper's", PUBLISHED), Line("distillation alone", "distillation alone")),
+    ),
+    Choice(
+        "a transformer over the weights' rows",
+        (Line("an MLP, our losses", "Text-to-LoRA MLP, our losses"),),
     ),
 )

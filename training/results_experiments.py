@@ -14,11 +14,13 @@ from .result_tables import (
     BASE,
     BUDGETS,
     BY_FACTOR,
+    CHOICES,
     FACTOR,
     LOFA,
     MEASURES,
     TABLES,
     YARDSTICK,
+    Choice,
     Line,
     Table,
 )
@@ -58,12 +60,16 @@ def mean_and_spread(values: Sequence[float], digits: int) -> str:
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
+def by_seed(ours: Rows, theirs: Rows, measure: str) -> list[float]:
+    """Their differences from ours, of the seeds that both have."""
+    return [theirs[seed][measure] - ours[seed][measure] for seed in sorted(ours.keys() & theirs.keys())]
+
+
 def against(ours: Rows, theirs: Rows, measure: str, digits: int) -> str:
     """Their difference from ours, paired by seed; bold where it is beyond two standard errors of three or
     more seeds.
     """
-    seeds = sorted(ours.keys() & theirs.keys())
-    differences = [theirs[seed][measure] - ours[seed][measure] for seed in seeds]
+    differences = by_seed(ours, theirs, measure)
     if not differences:
         return ""
     mean = statistics.fmean(differences)
@@ -117,6 +123,56 @@ def table_of(found: Experiments, table: Table) -> list[str]:
 def _from_lofa(line: Line, lofa: Rows, rows: Rows, measure: str, digits: int) -> str:
     own = line.experiment == LOFA and line.prompt == "coarse"
     return "" if own else against(lofa, rows, measure, digits)
+
+
+def pooled_deviation(differences: Sequence[Sequence[float]]) -> float | None:
+    """The standard deviation of one difference about its group's mean, of all groups together: three seeds
+    tell too little of their own. None where no group has two.
+    """
+    squares = [sum((x - statistics.fmean(group)) ** 2 for x in group) for group in differences if group]
+    freedom = sum(len(group) - 1 for group in differences if group)
+    return math.sqrt(sum(squares) / freedom) if freedom else None
+
+
+def verdict(gains: Sequence[float], errors: Sequence[float]) -> str:
+    """What measures say of a choice together: its gain in each and the standard error of that."""
+    helps = any(gain > 2.0 * error for gain, error in zip(gains, errors, strict=True))
+    hurts = any(gain < -2.0 * error for gain, error in zip(gains, errors, strict=True))
+    if helps and hurts:
+        return "one measure helped, one hurt"
+    return "helps" if helps else "hurts" if hurts else "no difference seen"
+
+
+def choices_table(found: Experiments, choices: Sequence[Choice] = CHOICES) -> list[str]:
+    """Markdown: each choice of the design, what was measured without it, and what that says of it."""
+    pairs = [
+        (choice, line, found.rows(Line("", choice.chosen)), rows)
+        for choice in choices
+        for line in choice.others
+        if (rows := found.rows(line)) and found.rows(Line("", choice.chosen)).keys() & rows.keys()
+    ]
+    measures = {"joint": 1.0, "frechet": -1.0}  # which way is better
+    deviations = {
+        measure: pooled_deviation([by_seed(chosen, rows, measure) for _, _, chosen, rows in pairs])
+        for measure in measures
+    }
+    headings = ("the choice", "instead", "seeds", *(MEASURES[measure][0] for measure in measures))
+    lines = [f"| {' | '.join(headings)} | the choice |", "|---" * (1 + len(headings)) + "|"]
+    for choice, line, chosen, rows in pairs:
+        cells, gains, errors = [], [], []
+        for measure, better in measures.items():
+            differences, deviation = by_seed(chosen, rows, measure), deviations[measure]
+            if deviation is None:
+                return []
+            mean, error = statistics.fmean(differences), deviation / math.sqrt(len(differences))
+            digits = MEASURES[measure][1]
+            cells.append(f"{mean:+.{digits}f} ± {error:.{digits}f}")
+            gains.append(-better * mean)
+            errors.append(error)
+        count = len(chosen.keys() & rows.keys())
+        says = verdict(gains, errors)
+        lines.append(f"| {choice.what} | {line.label} | {count} | {' | '.join(cells)} | {says} |")
+    return lines if len(lines) > 2 else []
 
 
 def factors_table(found: Experiments) -> list[str]:
@@ -298,6 +354,17 @@ def section(folder: Path, pictures: Path) -> list[str]:
         "standard error, bold beyond two of them. The paper's own figures are from WAN2.1-1.3B at full size.",
         f"Machine: {', '.join(machines)}.",
     ]
+    if rows := choices_table(found):
+        lines += [
+            "",
+            "### Choices of the design, one by one",
+            "",
+            "What becomes of held-out tasks when one thing is decided otherwise: the difference, seed by",
+            "seed, with a standard error from all rows of this table together. A choice helps or hurts where",
+            "the difference is beyond two of them on either measure; by chance up to one row in ten is.",
+            "",
+            *rows,
+        ]
     for table in TABLES:
         if rows := table_of(found, table):
             lines += ["", f"### {table.title}", "", *([table.words, ""] if table.words else []), *rows]
