@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from tiny import generator
 
+from lofa_core import miniature
 from training import experiments as module
 from training.experiments import Plan, Seed, figures_of, keep, slug
 from training.miniature import world
@@ -66,6 +67,8 @@ set = ['data.cache="{folder}/cache"', "stage1.validate_every=0", "lora_vae.valid
 [experiment."base"]
 prompts = ["coarse", "fine"]
 [experiment."mean LoRA"]
+[experiment."mean LoRA, elsewhere"]
+bases = ["{folder}/elsewhere"]
 [experiment."LoFA"]
 parts = ["stage1", "stage2"]
 [experiment."no features"]
@@ -107,6 +110,7 @@ def folder(tmp_path_factory):
     labels = torch.tensor([action.indices() for action in actions], dtype=torch.uint8)
     noise = torch.randn(len(actions), 16, 5, 8, 8, generator=generator(0)).half()
     (folder / "cache").mkdir()
+    (folder / "elsewhere").symlink_to(miniature.FOLDER)
     looks = torch.zeros(len(actions), 3, dtype=torch.uint8)
     LatentClips(noise, labels, looks).save(folder / "cache" / "latents.pt")
     return folder
@@ -134,7 +138,8 @@ def finished(folder):
 
 def test_every_experiment_has_the_figures_of_its_seeds(finished):
     files, _ = finished
-    assert set(files) == {"base", "mean_lora", "lofa", "no_features", "mlp", "drawn", "own", "maps"}
+    known = {"base", "mean_lora", "mean_lora_elsewhere", "lofa", "no_features", "mlp", "drawn", "own", "maps"}
+    assert set(files) == known
     seeds = {name: list(found["seeds"]) for name, found in files.items()}
     assert seeds == {
         name: ["0", "1"] if name in ("base", "mlp", "no_features", "own") else ["0"] for name in files
@@ -143,7 +148,7 @@ def test_every_experiment_has_the_figures_of_its_seeds(finished):
     rows = {name: found["seeds"]["0"]["rows"] for name, found in files.items()}
     assert rows["base"]["fine"]["prompt"] == 1.0 and set(rows["mean_lora"]) == {"coarse"}
     assert rows.pop("maps") == {}
-    sizes = {name: row["coarse"]["joint"] for name, row in rows.items()}
+    sizes = {name: row["coarse"]["joint"] for name, row in rows.items() if name != "mean_lora_elsewhere"}
     assert sizes["mean_lora"] > 0 and len(set(sizes.values())) == 7  # each has LoRAs of its own
 
 
@@ -155,6 +160,14 @@ def test_what_only_a_trained_network_has_is_there(finished):
     assert set(base) == {"rows", "machine"}
     spread = files["drawn"]["seeds"]["0"]["spread"]
     assert spread["between_seeds"] > 0 and spread["between_tasks"] > 0
+
+
+def test_behind_the_comma_stand_the_bases_that_a_method_is_judged_on_as_well(finished):
+    here, elsewhere = (finished[0][name]["seeds"]["0"] for name in ("mean_lora", "mean_lora_elsewhere"))
+    assert "bases" not in here and elsewhere["rows"] == here["rows"]
+    assert elsewhere["bases"] == {
+        "elsewhere": here["rows"]["coarse"]
+    }  # the same LoRAs, on a link to the base
 
 
 def test_loras_that_seeds_share_are_trained_and_timed_once(folder, finished):
@@ -260,7 +273,8 @@ def test_the_command_line_says_what_is_wrong(folder, monkeypatch, capsys):
     arguments = ["experiments", "--config", str(folder / "plan.toml"), "--only", "LoFFA"]
     monkeypatch.setattr("sys.argv", arguments)
     assert module.main() == 2
-    assert "expected some of base, mean LoRA, LoFA" in capsys.readouterr().err.replace("\n", " ")
+    told = capsys.readouterr().err.replace("\n", " ")
+    assert "expected some of base; mean LoRA; mean LoRA, elsewhere; LoFA" in told
 
 
 def test_a_name_that_needs_training_and_says_no_parts_is_refused(folder):
@@ -285,4 +299,4 @@ def test_the_shipped_plan_is_whole():
     assert all(name.rpartition(", ")[0] in ("without response", "Text-to-LoRA MLP") for name in missing)
     families = {name for name in plan.experiments if plan.experiments[name].bases}
     maps = {name for name in plan.experiments if plan.experiments[name].parts == ("stage1",)}
-    assert set(plan.experiments) - set(named) == families | maps and len(families) == 6
+    assert set(plan.experiments) - set(named) == families | maps and len(families) == 8

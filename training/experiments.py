@@ -226,9 +226,11 @@ class Seed:
 
     @staticmethod
     def _untrained(name: str, known, wanted) -> Factors | None:
-        """LoRAs of a method that is not trained by gradients; None for the base model itself."""
+        """LoRAs of a method that is not trained by gradients; None for the base model itself. Behind a comma
+        a name says on which bases it is judged.
+        """
         indices = known.indices(), wanted.indices()
-        match name:
+        match name.partition(",")[0]:
             case "mean LoRA":
                 return mean_lora(known.loras, len(wanted.tasks))
             case "nearest LoRA":
@@ -237,7 +239,7 @@ class Seed:
                 return ridge_lora(known.loras, *indices)
             case "per-task LoRA":  # those that the configuration has trained, or the shipped ones
                 return wanted.loras
-            case "base" | "base, styles" | "base, swapped" | "real clips":
+            case "base" | "real clips":
                 return None
         raise ValueError(
             f"[experiment.{name!r}] has no parts: only base, real clips, mean LoRA, nearest LoRA, ridge "
@@ -289,7 +291,7 @@ def main() -> int:
         plan = Plan.load(chosen.config)
         names = chosen.only or list(plan.experiments)
         if unknown := [name for name in names if name not in plan.experiments]:
-            raise ValueError(f"--only {unknown}: expected some of {', '.join(plan.experiments)}.")
+            raise ValueError(f"--only {unknown}: expected some of {'; '.join(plan.experiments)}.")
         results = Path(plan.results)
         for number in chosen.seeds:
             seed = Seed(plan, number, console)

@@ -243,6 +243,7 @@ def bases_table(found: Experiments) -> list[str]:
     for family in ("styles", "swapped"):
         for label, name in (
             ("none", f"base, {family}"),
+            ("none: the first base's per-task LoRAs", f"per-task LoRA, {family}"),
             ("true W", f"{family}, true W"),
             ("random constants", f"{family}, random constants"),
         ):
