@@ -170,7 +170,7 @@ def choices_table(found: Experiments, choices: Sequence[Choice] = CHOICES) -> li
             gains.append(-better * mean)
             errors.append(error)
         count = len(chosen.keys() & rows.keys())
-        says = verdict(gains, errors)
+        says = verdict(gains, errors) if count >= 3 else ""  # rows share their chosen one, and its noise
         lines.append(f"| {choice.what} | {line.label} | {count} | {' | '.join(cells)} | {says} |")
     return lines if len(lines) > 2 else []
 
@@ -362,7 +362,8 @@ def section(folder: Path, pictures: Path) -> list[str]:
             "",
             "What becomes of held-out tasks when one thing is decided otherwise: the difference, seed by",
             "seed, with a standard error from all rows of this table together. A choice helps or hurts where",
-            "the difference is beyond two of them on either measure; by chance up to one row in ten is.",
+            "the difference is beyond two of them on either measure, over three seeds or more; by chance up",
+            "to one row in ten is.",
             "",
             *rows,
         ]
