@@ -317,7 +317,7 @@ def plots(found: Experiments, folder: Path) -> list[str]:
         lines = {label: {x: rows for x, rows in line.items() if rows} for label, line in lines.items()}
         if max(map(len, lines.values())) < 2:
             continue
-        figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+        figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.7), layout="constrained")
         for panel, measure in zip(panels, ("joint", "frechet"), strict=True):
             for label, line in lines.items():
                 values = [[row[measure] for row in rows.values()] for rows in line.values()]
@@ -336,7 +336,8 @@ def plots(found: Experiments, folder: Path) -> list[str]:
                     if rows := found.rows(Line("", LOFA, prompt)):
                         level = statistics.fmean(row[measure] for row in rows.values())
                         panel.axhline(level, color="black", linestyle=style, label=f"LoFA, {prompt} prompt")
-        panels[0].legend(fontsize="small")
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize="small")
         figure.savefig(folder / f"experiments_{name}.png", dpi=110)
         pyplot.close(figure)
         written.append(f"experiments_{name}.png")
