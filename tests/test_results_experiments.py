@@ -8,17 +8,10 @@ import pytest
 from PIL import Image
 
 from training import result_tables, results, results_experiments
+from training.result_choices import choices_table, pooled_deviation, verdict
+from training.result_figures import Experiments, against, gap_closed, mean_and_spread
 from training.result_tables import Choice, Line
-from training.results_experiments import (
-    Experiments,
-    against,
-    choices_table,
-    gap_closed,
-    mean_and_spread,
-    pooled_deviation,
-    section,
-    verdict,
-)
+from training.results_experiments import section
 
 MEASURES = ("joint", "mean_accuracy", "frechet", "flow_matching", "motion", "diversity")
 

@@ -2,93 +2,24 @@
 with the paper's own figures beside them, and two plots.
 """
 
-import json
-import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from .result_choices import choices_table
+from .result_figures import Experiments, Rows, against, gap_closed, mean_and_spread
 from .result_tables import (
     AGAIN,
-    BASE,
     BUDGETS,
     BY_FACTOR,
-    CHOICES,
     FACTOR,
     LOFA,
     MEASURES,
     TABLES,
     YARDSTICK,
-    Choice,
     Line,
     Table,
 )
-
-Rows = dict[int, dict[str, float]]  # by seed
-
-
-class Experiments:
-    """All figures in a folder of experiments.py."""
-
-    def __init__(self, folder: Path):
-        files = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-        self.seeds = {found["name"]: found["seeds"] for found in files}
-
-    def rows(self, line: Line) -> Rows:
-        """The figures of each seed under the line's prompt; nothing where it was not run."""
-        found = self.seeds.get(line.experiment, {})
-        return {
-            int(seed): one["rows"][line.prompt] for seed, one in found.items() if line.prompt in one["rows"]
-        }
-
-    def of(self, experiment: str, name: str) -> list[Any]:
-        """One figure beside the rows, such as "seconds", of each seed that has it."""
-        return [one[name] for one in self.seeds.get(experiment, {}).values() if name in one]
-
-    def response(self, experiment: str) -> dict[str, list[float]]:
-        """An experiment's cosines of response maps."""
-        found = [one["response"] for one in self.seeds.get(experiment, {}).values() if "response" in one]
-        return {name: [one[name] for one in found] for name in found[0]} if found else {}
-
-
-def mean_and_spread(values: Sequence[float], digits: int) -> str:
-    """Mean and, of several, the standard deviation."""
-    if not values:
-        return ""
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
-
-
-def by_seed(ours: Rows, theirs: Rows, measure: str) -> list[float]:
-    """Their differences from ours, of the seeds that both have."""
-    return [theirs[seed][measure] - ours[seed][measure] for seed in sorted(ours.keys() & theirs.keys())]
-
-
-def against(ours: Rows, theirs: Rows, measure: str, digits: int) -> str:
-    """Their difference from ours, paired by seed; bold where it is beyond two standard errors of three or
-    more seeds.
-    """
-    differences = by_seed(ours, theirs, measure)
-    if not differences:
-        return ""
-    mean = statistics.fmean(differences)
-    if len(differences) < 3:
-        return f"{mean:+.{digits}f}"
-    error = statistics.stdev(differences) / math.sqrt(len(differences))
-    shown = f"{mean:+.{digits}f} ± {error:.{digits}f}"
-    return f"**{shown}**" if abs(mean) > 2.0 * error else shown
-
-
-def gap_closed(found: Experiments, rows: Rows, measure: str) -> list[float]:
-    """Of the way from the base to the per-task LoRA, the share that a method goes; one number a seed."""
-    base, own = found.rows(Line("", BASE)), found.rows(Line("", YARDSTICK))
-    seeds = rows.keys() & base.keys() & own.keys()
-    return [
-        (rows[seed][measure] - base[seed][measure]) / (own[seed][measure] - base[seed][measure])
-        for seed in sorted(seeds)
-        if own[seed][measure] != base[seed][measure]
-    ]
 
 
 def table_of(found: Experiments, table: Table) -> list[str]:
@@ -123,56 +54,6 @@ def table_of(found: Experiments, table: Table) -> list[str]:
 def _from_lofa(line: Line, lofa: Rows, rows: Rows, measure: str, digits: int) -> str:
     own = line.experiment == LOFA and line.prompt == "coarse"
     return "" if own else against(lofa, rows, measure, digits)
-
-
-def pooled_deviation(differences: Sequence[Sequence[float]]) -> float | None:
-    """The standard deviation of one difference about its group's mean, of all groups together: three seeds
-    tell too little of their own. None where no group has two.
-    """
-    squares = [sum((x - statistics.fmean(group)) ** 2 for x in group) for group in differences if group]
-    freedom = sum(len(group) - 1 for group in differences if group)
-    return math.sqrt(sum(squares) / freedom) if freedom else None
-
-
-def verdict(gains: Sequence[float], errors: Sequence[float]) -> str:
-    """What measures say of a choice together: its gain in each and the standard error of that."""
-    helps = any(gain > 2.0 * error for gain, error in zip(gains, errors, strict=True))
-    hurts = any(gain < -2.0 * error for gain, error in zip(gains, errors, strict=True))
-    if helps and hurts:
-        return "one measure helped, one hurt"
-    return "helps" if helps else "hurts" if hurts else "no difference seen"
-
-
-def choices_table(found: Experiments, choices: Sequence[Choice] = CHOICES) -> list[str]:
-    """Markdown: each choice of the design, what was measured without it, and what that says of it."""
-    pairs = [
-        (choice, line, found.rows(Line("", choice.chosen)), rows)
-        for choice in choices
-        for line in choice.others
-        if (rows := found.rows(line)) and found.rows(Line("", choice.chosen)).keys() & rows.keys()
-    ]
-    measures = {"joint": 1.0, "frechet": -1.0}  # which way is better
-    deviations = {
-        measure: pooled_deviation([by_seed(chosen, rows, measure) for _, _, chosen, rows in pairs])
-        for measure in measures
-    }
-    headings = ("the choice", "instead", "seeds", *(MEASURES[measure][0] for measure in measures))
-    lines = [f"| {' | '.join(headings)} | the choice |", "|---" * (1 + len(headings)) + "|"]
-    for choice, line, chosen, rows in pairs:
-        cells, gains, errors = [], [], []
-        for measure, better in measures.items():
-            differences, deviation = by_seed(chosen, rows, measure), deviations[measure]
-            if deviation is None:
-                return []
-            mean, error = statistics.fmean(differences), deviation / math.sqrt(len(differences))
-            digits = MEASURES[measure][1]
-            cells.append(f"{mean:+.{digits}f} ± {error:.{digits}f}")
-            gains.append(-better * mean)
-            errors.append(error)
-        count = len(chosen.keys() & rows.keys())
-        says = verdict(gains, errors) if count >= 3 else ""  # rows share their chosen one, and its noise
-        lines.append(f"| {choice.what} | {line.label} | {count} | {' | '.join(cells)} | {says} |")
-    return lines if len(lines) > 2 else []
 
 
 def factors_table(found: Experiments) -> list[str]:
