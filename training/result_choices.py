@@ -40,7 +40,7 @@ def choices_table(found: Experiments, choices: Sequence[Choice] = CHOICES) -> li
         for measure in measures
     }
     headings = ("the choice", "instead", "seeds", *(MEASURES[measure][0] for measure in measures))
-    lines = [f"| {' | '.join(headings)} | the choice |", "|---" * (1 + len(headings)) + "|"]
+    lines = [f"| {' | '.join(headings)} | what that says of it |", "|---" * (1 + len(headings)) + "|"]
     for choice, line, chosen, rows in pairs:
         cells, gains, errors = [], [], []
         for measure, better in measures.items():
