@@ -170,7 +170,7 @@ TABLES = (
     ),
 )
 
-# The paper's, but for the last but one.
+# The paper's, but for distillation.
 CHOICES = (
     Choice(
         "a response map first",
@@ -221,6 +221,14 @@ CHOICES = (
             Line("diffusion alone", "diffusion alone"),
             Line("distillation alone", "distillation alone"),
         ),
+    ),
+    *(
+        Choice(
+            f"distillation beside the paper's losses, of the same {count} tasks",
+            (Line("the paper's", f"{PUBLISHED}{of}"),),
+            f"LoFA, {count} tasks",
+        )
+        for count, of in ((32, ""), (128, ", 128 LoRAs"))
     ),
     Choice(
         "a transformer over the weights' rows",
