@@ -48,6 +48,18 @@ def centred_cosine(a: Tensor, b: Tensor, mean: Tensor) -> float:
     return cosine(a.double() - mean.double(), b.double() - mean.double())
 
 
+def between_tasks_cosine(a: Tensor, b: Tensor) -> float:
+    """Mean cosine of the rows of a and b [M, n], M tasks, each of the two less its own mean over the tasks.
+
+    What all tasks share is left out, and nothing estimated is taken off both: sets that agree on nothing else
+    score 0 on average. `centred_cosine` with the mean of K training maps has that mean's noise on both sides,
+    which with few maps scores well above 0.
+    """
+    _same_shape(a, b)
+    a, b = a - a.mean(0), b - b.mean(0)
+    return sum(cosine(*pair) for pair in zip(a, b, strict=True)) / len(a)
+
+
 def pack(response: Tensor) -> Tensor:
     """Bool R of any shape -> uint8 [ceil(entries / 8)], the first of eight entries in the highest bit."""
     if response.dtype != torch.bool:

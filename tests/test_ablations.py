@@ -100,6 +100,17 @@ def test_stage_one_can_learn_the_lora_itself(tmp_path):
     assert sum(x["loss"] for x in log[-5:]) < 0.9 * sum(x["loss"] for x in log[:5])
 
 
+def test_the_lora_itself_can_stand_beside_the_map():
+    both, alone, lora = stage1(reconstruction_weight=0.5), stage1(), stage1(target="lora")
+    found = both.losses(both.module, 0, [0, 1])
+    maps, reconstruction = (one.losses(one.module, 0, [0, 1]) for one in (alone, lora))
+    assert {name: value.item() for name, value in found.items()} == pytest.approx(
+        {name: value.item() for name, value in (maps | reconstruction).items()}
+    )
+    assert set(found) == {"cross_entropy", "likelihood", "size", "reconstruction"} == {*maps, *reconstruction}
+    assert (both.weights["reconstruction"], lora.weights["reconstruction"]) == (0.5, 1.0)
+
+
 def test_the_threshold_decides_which_entries_respond():
     draw = torch.Generator().manual_seed(1)
     W = torch.randn(2, 8, 8, generator=draw)

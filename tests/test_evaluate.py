@@ -172,19 +172,24 @@ def test_response_figures_by_hand(data):
     net, told = sized_network(), [{"text": f"please {action} now"} for action in HELD_OUT]
     known = LoRADataset(loras(4, 1, 0.02), ACTIONS)
     wanted = LoRADataset(loras(7, 2, 0.02), HELD_OUT)
-    found = response_figures(net, data, told, known, wanted)
+    again = [loras(7, 3, 0.02), loras(7, 4, 0.02)]
+    found = response_figures(net, data, told, known, wanted, again=again)
     (weights,) = data.weights_by_shape()
     W = weights.double().numpy()
 
-    def maps(dataset):
-        A, B = (part[0].double().numpy() for part in (dataset.loras.A, dataset.loras.B))
+    def maps(factors):
+        A, B = (part[0].double().numpy() for part in (factors.A, factors.B))
         deltas = np.einsum("klor,klri->kloi", B, A)
         return (np.abs(deltas / W) > 0.02).astype(float).reshape(len(deltas), -1)
 
     def cosine(a, b):
         return (a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum())
 
-    mean, real = maps(known).mean(0), maps(wanted)
+    def between(a, b):
+        a, b = a - np.mean(a, axis=0), b - np.mean(b, axis=0)
+        return np.mean([cosine(x, y) for x, y in zip(a, b, strict=True)])
+
+    mean, real = maps(known.loras).mean(0), maps(wanted.loras)
     small = (np.abs(W) < np.median(np.abs(W))).astype(float).reshape(-1)
     guesses, predicted = [], []
     for one in told:
@@ -194,7 +199,7 @@ def test_response_figures_by_hand(data):
         guesses.append(response.probability(weights)[0].double().numpy().reshape(-1))
     own = [(np.abs(delta / W) > 0.02).astype(float).reshape(-1) for delta in predicted]
     factors = [torch.tensor([task.indices() for task in tasks]) for tasks in (ACTIONS, HELD_OUT)]
-    fitted = ridge(torch.from_numpy(maps(known)).float(), *factors).double().numpy()
+    fitted = ridge(torch.from_numpy(maps(known.loras)).float(), *factors).double().numpy()
     pairs = list(zip(guesses, real, strict=True))
     assert found == pytest.approx(
         {
@@ -214,16 +219,25 @@ def test_response_figures_by_hand(data):
             "ridge_map_centred_cosine": np.mean(
                 [cosine(f - mean, r - mean) for f, r in zip(fitted, real, strict=True)]
             ),
+            "stage1_task_cosine": between(guesses, real),
+            "stage2_task_cosine": between(own, real),
+            "stage2_to_stage1_task_cosine": between(own, guesses),
+            "ridge_map_task_cosine": between(fitted, real),
+            "trainings": 3,
+            "stage1_often_task_cosine": between(guesses, real + maps(again[0]) + maps(again[1])),
         },
         abs=1e-3,
     )
     assert 0.1 < found["responding_share"] < 0.9
+    once = response_figures(net, data, told, known, wanted)
+    assert once == {name: value for name, value in found.items() if name in once}
+    assert found.keys() - once.keys() == {"trainings", "stage1_often_task_cosine"}
 
 
 def test_how_far_loras_agree_by_hand(data):
     known, wanted = LoRADataset(loras(4, 1, 0.02), ACTIONS), LoRADataset(loras(7, 2, 0.02), HELD_OUT)
     same = agreement(data, wanted.loras, known, wanted)
-    assert list(same.values()) == pytest.approx([1.0] * 4)
+    assert list(same.values()) == pytest.approx([1.0] * 6)
     other = loras(7, 3, 0.02)
     found = agreement(data, other, known, wanted)
     W = data.weights_by_shape()[0].double()
@@ -237,6 +251,9 @@ def test_how_far_loras_agree_by_hand(data):
             centred.append(torch.cosine_similarity(a - mean, b - mean, 0).item())
         assert found[f"repeat_{name}cosine"] == pytest.approx(np.mean(plain), abs=1e-4)
         assert found[f"repeat_centred_{name}cosine"] == pytest.approx(np.mean(centred), abs=1e-4)
+        own = [part.flatten(1) - part.flatten(1).mean(0) for part in (first, second)]
+        between = torch.cosine_similarity(*own, 1).mean().item()
+        assert found[f"repeat_task_{name}cosine"] == pytest.approx(between, abs=1e-4)
 
 
 def table(**changes):

@@ -85,6 +85,10 @@ set = ["lora.steps=2", "lora.batch=1", "data.lora_tasks=1", 'data.loras="{folder
 [experiment."maps"]
 parts = ["stage1"]
 set = ["data.lora_tasks=16"]
+[experiment."maps of two trainings"]
+parts = ["stage1"]
+set = ["data.lora_tasks=16"]
+again = ["own"]
 """
 
 
@@ -138,8 +142,9 @@ def finished(folder):
 
 def test_every_experiment_has_the_figures_of_its_seeds(finished):
     files, _ = finished
-    known = {"base", "mean_lora", "mean_lora_elsewhere", "lofa", "no_features", "mlp", "drawn", "own", "maps"}
-    assert set(files) == known
+    maps = {"maps", "maps_of_two_trainings"}
+    known = {"base", "mean_lora", "mean_lora_elsewhere", "lofa", "no_features", "mlp", "drawn", "own"}
+    assert set(files) == known | maps
     seeds = {name: list(found["seeds"]) for name, found in files.items()}
     assert seeds == {
         name: ["0", "1"] if name in ("base", "mlp", "no_features", "own") else ["0"] for name in files
@@ -147,7 +152,7 @@ def test_every_experiment_has_the_figures_of_its_seeds(finished):
     assert files["base"]["seeds"]["1"]["rows"]["coarse"] == {"joint": 0.0, "prompt": 0.0, "seed": 1235}
     rows = {name: found["seeds"]["0"]["rows"] for name, found in files.items()}
     assert rows["base"]["fine"]["prompt"] == 1.0 and set(rows["mean_lora"]) == {"coarse"}
-    assert rows.pop("maps") == {}
+    assert [rows.pop(name) for name in maps] == [{}, {}]
     sizes = {name: row["coarse"]["joint"] for name, row in rows.items() if name != "mean_lora_elsewhere"}
     assert sizes["mean_lora"] > 0 and len(set(sizes.values())) == 7  # each has LoRAs of its own
 
@@ -181,6 +186,12 @@ def test_stage_one_alone_is_judged_by_its_maps(finished):
     maps = finished[0]["maps"]["seeds"]["0"]
     assert 0 < maps["response"]["stage1_cosine"] < 1 and maps["loras"] == 16
     assert not [name for name in maps["response"] if name.startswith("stage2")]
+
+
+def test_stage_one_is_compared_with_how_often_entries_respond_in_several_trainings(finished):
+    once, both = (finished[0][name]["seeds"]["0"]["response"] for name in ("maps", "maps_of_two_trainings"))
+    assert both.pop("trainings") == 2 and both.pop("stage1_often_task_cosine") != both["stage1_task_cosine"]
+    assert both == once
 
 
 def test_anothers_stage_one_is_trained_where_it_is_not_there(folder, finished):
@@ -258,6 +269,7 @@ def test_seeds_of_an_experiment_come_together_in_their_order(tmp_path):
             r"parts = \['stage3'\]: expected some of lora-dataset, stage1",
         ),
         ('[experiment."A"]\nstage1_of = "B"', "stage1_of = 'B' is no experiment above it"),
+        ('[experiment."A"]\nagain = ["B"]', "again = 'B' is no experiment above it"),
         ('[experiment."A"]\nprompt = ["fine"]', "unknown key 'prompt'. Did you mean 'prompts'"),
     ],
 )

@@ -7,6 +7,7 @@ import torch
 
 from lofa_core.response_map import (
     THRESHOLD,
+    between_tasks_cosine,
     centred_cosine,
     cosine,
     pack,
@@ -88,6 +89,26 @@ def test_cosines():
     assert centred_cosine(a, b, mean) == pytest.approx(cosine(a - mean, b - mean))
     assert cosine(mean, b) > 0.5 and centred_cosine(mean, b, mean) == 0
     assert cosine(a > 0.5, a > 0.5) == pytest.approx(1)  # bool maps
+
+
+def test_between_tasks_what_all_share_counts_for_nothing():
+    generator = torch.Generator().manual_seed(0)
+    shared, own, other = torch.rand(1, 500, generator=generator), *torch.rand(2, 6, 500, generator=generator)
+    assert between_tasks_cosine(9 * shared + own, own) == pytest.approx(1)
+    assert cosine(9 * shared + own, 9 * shared + other) > 0.9
+    assert abs(between_tasks_cosine(9 * shared + own, 9 * shared + other)) < 0.05
+    a, b = (part - part.mean(0) for part in (own, other))
+    assert between_tasks_cosine(own, other) == pytest.approx(torch.cosine_similarity(a, b, 1).mean().item())
+
+
+def test_the_mean_of_few_maps_makes_unlike_sets_look_alike():
+    """A map that says no more than how often each entry responds is rated by the noise of that mean."""
+    generator = torch.Generator().manual_seed(0)
+    often = torch.rand(20000, generator=generator)
+    few, real = ((torch.rand(n, 20000, generator=generator) < often).float() for n in (4, 8))
+    guess = often + 0.01 * torch.randn(8, 20000, generator=generator)
+    centred = [centred_cosine(*pair, few.mean(0)) for pair in zip(guess, real, strict=True)]
+    assert min(centred) > 0.3 and abs(between_tasks_cosine(guess, real)) < 0.02
 
 
 @pytest.mark.parametrize("shape", [(4, 8), (3, 5), (2, 3, 7), (1, 1)])

@@ -130,6 +130,7 @@ class Stage1Config(StageConfig):
     target: Literal["response", "lora"] = "response"  # the map; or the LoRA itself, as Stage II
     threshold: float = 0.02  # |dW / W| above which an entry responds
     likelihood_weight: float = 0.1
+    reconstruction_weight: float = 0.0  # L1 on the LoRA's own A and B, beside the map
     size_weight: float = 0.0  # of the mean square of Stage I's A and B
 
 

@@ -52,7 +52,8 @@ class Experiment:
     parts: of train.py, in order; the last one makes what is judged (of Stage I alone, its maps). Without any,
     it is a method that needs no training, by its name. stage1_of: the experiment whose Stage I it starts
     from. prompts: under which the LoRAs are judged. bases: folders of other base models that they are judged
-    on as well.
+    on as well. again: experiments that train the held-out tasks' LoRAs once more, which Stage I's maps are
+    compared with as well.
     """
 
     parts: tuple[str, ...] = ()
@@ -60,6 +61,7 @@ class Experiment:
     stage1_of: str = ""
     prompts: tuple[str, ...] = ("coarse",)
     bases: tuple[str, ...] = ()
+    again: tuple[str, ...] = ()
 
     def __post_init__(self):
         if unknown := [part for part in self.parts if part not in PARTS]:
@@ -83,11 +85,11 @@ class Plan:
         found: dict[str, Experiment] = {}
         for name, given in values.pop("experiment", {}).items():
             found[name] = fill(Experiment, given, f"{path} [experiment.{name!r}]")
-            if found[name].stage1_of and found[name].stage1_of not in found:
-                raise ValueError(
-                    f"{path} [experiment.{name!r}]: stage1_of = {found[name].stage1_of!r} is no experiment "
-                    "above it."
-                )
+            for key, named in (("stage1_of", (found[name].stage1_of,)), ("again", found[name].again)):
+                if unknown := [other for other in named if other and other not in found]:
+                    raise ValueError(
+                        f"{path} [experiment.{name!r}]: {key} = {unknown[0]!r} is no experiment above it."
+                    )
         if unknown := values.keys() - {"config", "out", "results", "set"}:
             raise ValueError(
                 f"{path}: unknown key {min(unknown)!r}. Known here: config, out, results, set, experiment."
@@ -179,9 +181,12 @@ class Seed:
         found: dict[str, Any] = {}
         if experiment.parts == ("stage1",):
             stage1 = load_hypernetwork(run.folder / "stage1.safetensors")
-            figures = response_figures(stage1, run.data, told, known, wanted, run.config.stage1.threshold)
-            own = {name: value for name, value in figures.items() if not name.startswith("stage2")}
-            return {"rows": {}, "response": own, "loras": len(known.tasks)}
+            again = self._again(experiment)
+            figures = response_figures(
+                stage1, run.data, told, known, wanted, run.config.stage1.threshold, again
+            )
+            maps = {name: value for name, value in figures.items() if not name.startswith("stage2")}
+            return {"rows": {}, "response": maps, "loras": len(known.tasks)}
         started = time.perf_counter()
         last = experiment.parts[-1] if experiment.parts else ""
         factors: Factors | None = None
@@ -221,7 +226,17 @@ class Seed:
             found.setdefault("bases", {})[base.name] = self.judge(data, run.config.evaluation).measure(method)
         if isinstance(network, Hypernetwork) and run.config.stage2.from_stage1 and last == "stage2":
             threshold = run.config.stage1.threshold
-            found["response"] = response_figures(network, run.data, told, known, wanted, threshold)
+            again = self._again(experiment)
+            found["response"] = response_figures(network, run.data, told, known, wanted, threshold, again)
+        return found
+
+    def _again(self, experiment: Experiment) -> list[Factors]:
+        """The held-out tasks' LoRAs of other trainings, which are done where they are not there."""
+        found = []
+        for name in experiment.again:
+            run = Run(self._config(name, self.plan.experiments[name]), self.console)
+            run.lora_dataset()
+            found.append(run.packed("held_out").loras)
         return found
 
     @staticmethod

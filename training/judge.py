@@ -1,8 +1,7 @@
 """Measures of held-out tasks: clips generated under a method and read by the evaluators, maps compared."""
 
 import contextlib
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from lofa_core.hypernetwork import Hypernetwork
 from lofa_core.metrics.distances import frechet_distance
-from lofa_core.response_map import THRESHOLD, centred_cosine, cosine
+from lofa_core.response_map import THRESHOLD, between_tasks_cosine, centred_cosine, cosine
 
 from . import flow
 from .backbones import load_vae
@@ -192,20 +191,34 @@ def predicted_factors(hypernetwork: Predictor, data: MiniatureTasks, told: list[
 def agreement(
     data: MiniatureTasks, found: Factors, known: LoRADataset, wanted: LoRADataset
 ) -> dict[str, float]:
-    """How far LoRAs of the same tasks agree with `wanted`: cosines of their response maps and of dW, plain
-    and centred on the training LoRAs' mean. Two trainings of one task differ: a yardstick for predictions.
+    """How far LoRAs of the same tasks agree with `wanted`: cosines of their response maps and of dW, plain,
+    centred on the training LoRAs' mean, and between tasks. Two trainings of one task differ: a yardstick for
+    predictions.
     """
-    weights = data.weights_by_shape()
-    mean, of_delta = mean_map(weights, known), mean_delta(known)
-    sums: Counter[str] = Counter()
-    for row in range(len(wanted.tasks)):
-        pair = found[row : row + 1], wanted.loras[row : row + 1]
-        maps, deltas = ([response_maps(weights, one) for one in pair], [flat(one.deltas()) for one in pair])
-        sums["repeat_cosine"] += cosine(*maps)
-        sums["repeat_centred_cosine"] += centred_cosine(*maps, mean)
-        sums["repeat_delta_cosine"] += cosine(*deltas)
-        sums["repeat_centred_delta_cosine"] += centred_cosine(*deltas, of_delta)
-    return {name: total / len(wanted.tasks) for name, total in sums.items()}
+    weights, both = data.weights_by_shape(), (found, wanted.loras)
+    figures = {}
+    for name, rows, mean in (
+        ("", lambda one: response_maps(weights, one), mean_map(weights, known)),
+        ("delta_", lambda one: flat(one.deltas()), mean_delta(known)),
+    ):
+        a, b = (_rows(rows, loras) for loras in both)
+        figures |= _cosines("repeat", a, b, mean, name)
+    return figures
+
+
+def _rows(of_one: Callable[[Factors], Tensor], loras: Factors) -> Tensor:
+    """What a function gives of each task's LoRA, [M, n]."""
+    return torch.stack([of_one(loras[row : row + 1]) for row in range(len(loras))])
+
+
+def _cosines(name: str, a: Tensor, b: Tensor, mean: Tensor, of: str = "") -> dict[str, float]:
+    """Cosines of rows [M, n] of the same tasks: plain, less `mean`, and less each set's own mean."""
+    pairs = list(zip(a, b, strict=True))
+    return {
+        f"{name}_{of}cosine": sum(cosine(*pair) for pair in pairs) / len(pairs),
+        f"{name}_centred_{of}cosine": sum(centred_cosine(*pair, mean) for pair in pairs) / len(pairs),
+        f"{name}_task_{of}cosine": between_tasks_cosine(a, b),
+    }
 
 
 @torch.no_grad()
@@ -216,41 +229,51 @@ def response_figures(
     known: LoRADataset,
     wanted: LoRADataset,
     threshold: float = THRESHOLD,
+    again: Sequence[Factors] = (),
 ) -> dict[str, float]:
     """Stage I's maps and those of Stage II's LoRAs against the held-out LoRAs' own and each other (section
     4.4), beside the mean training map, ridge regression of maps on true factors, and |W| alone.
 
-    Stage I's maps are compared as probabilities, over all layers of a task at once; centred means minus the
-    mean training map.
+    Stage I's maps are compared as probabilities, over all layers of a task at once. "centred" figures are of
+    maps minus the mean training map; "task" figures of maps minus their own mean over the held-out tasks
+    (`between_tasks_cosine`). `again`: LoRAs of the same tasks from other trainings; Stage I, which says how
+    probable a response is, is then compared with how often each entry responds, too.
     """
     weights = data.weights_by_shape()
     looks = looks_at(hypernetwork, weights)
     magnitudes = flat(W.abs() for W in weights)
     small_weights = (magnitudes < magnitudes.median()).float()
-    predicted = predicted_factors(hypernetwork, data, told)
-    known_maps = [
-        response_maps(weights, known.loras[row : row + 1], threshold) for row in range(len(known.tasks))
-    ]
-    mean = sum(known_maps) / len(known_maps)
-    fitted = ridge(torch.stack(known_maps), known.indices(), wanted.indices())
-    sums: Counter[str] = Counter()
+
+    def maps_of(loras: Factors) -> Tensor:
+        return _rows(lambda one: response_maps(weights, one, threshold), loras)
+
+    known_maps, real = maps_of(known.loras), maps_of(wanted.loras)
+    mean = known_maps.mean(0)
+    fitted = ridge(known_maps, known.indices(), wanted.indices())
     stage1 = hypernetwork.stage1
-    for row, one in enumerate(told):
-        real = response_maps(weights, wanted.loras[row : row + 1], threshold)
-        condition = stage1.trunk.project(data.conditions([one]))
-        guess = flat(
-            stage1(look, condition).probability(W, threshold)[0]
-            for look, W in zip(looks, weights, strict=True)
-        )
-        stage2 = response_maps(weights, predicted[row : row + 1], threshold)
-        sums["stage1_cosine"] += cosine(guess, real)
-        sums["stage2_cosine"] += cosine(stage2, real)
-        sums["stage2_to_stage1_cosine"] += cosine(stage2, guess)
-        sums["mean_map_cosine"] += cosine(mean, real)
-        sums["small_weight_cosine"] += cosine(small_weights, real)
-        sums["ridge_map_centred_cosine"] += centred_cosine(fitted[row], real, mean)
-        sums["stage1_centred_cosine"] += centred_cosine(guess, real, mean)
-        sums["stage2_centred_cosine"] += centred_cosine(stage2, real, mean)
-        sums["stage2_to_stage1_centred_cosine"] += centred_cosine(stage2, guess, mean)
-        sums["responding_share"] += float(real.mean())
-    return {name: total / len(told) for name, total in sums.items()}
+    conditions = [stage1.trunk.project(data.conditions([one])) for one in told]
+    guess = torch.stack(
+        [
+            flat(
+                stage1(look, condition).probability(W, threshold)[0]
+                for look, W in zip(looks, weights, strict=True)
+            )
+            for condition in conditions
+        ]
+    )
+    stage2 = maps_of(predicted_factors(hypernetwork, data, told))
+    figures = _cosines("stage1", guess, real, mean)
+    figures |= _cosines("stage2", stage2, real, mean)
+    figures |= _cosines("stage2_to_stage1", stage2, guess, mean)
+    of_ridge = _cosines("ridge_map", fitted, real, mean)
+    figures |= {name: of_ridge[name] for name in ("ridge_map_centred_cosine", "ridge_map_task_cosine")}
+    figures["mean_map_cosine"] = sum(cosine(mean, row) for row in real) / len(real)
+    figures["small_weight_cosine"] = sum(cosine(small_weights, row) for row in real) / len(real)
+    figures["responding_share"] = float(real.mean())
+    if again:
+        often = (real + sum(map(maps_of, again))) / (1 + len(again))
+        figures |= {
+            "trainings": 1.0 + len(again),
+            "stage1_often_task_cosine": between_tasks_cosine(guess, often),
+        }
+    return figures

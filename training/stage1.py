@@ -72,7 +72,7 @@ class Stage1:
         self.looks = looks_at(hypernetwork, self.base)
         self.weights = {
             "cross_entropy": 1.0, "likelihood": settings.likelihood_weight, "size": settings.size_weight,
-            "reconstruction": 1.0,
+            "reconstruction": 1.0 if settings.target == "lora" else settings.reconstruction_weight,
         }  # fmt: skip
 
     def tasks(self, step: int, items: Sequence[int]) -> list[str]:
@@ -105,13 +105,16 @@ class Stage1:
     def _of_a_shape(
         self, look: Layers, response: Response, W: Tensor, A: Tensor, B: Tensor
     ) -> dict[str, Tensor]:
+        losses: dict[str, Tensor] = {}
         if self.settings.target == "response":
-            return stage1_losses(response, W, A, B, self.settings.threshold)
-        pairs, statistics = [(response.A, response.B), (A, B)], self.hypernetwork.statistics
-        if statistics is not None:
-            own = statistics[shape_key(look.shape)]
-            pairs = [own.normalise(*pair, look.row) for pair in pairs]
-        return {"reconstruction": factors(*pairs, None).mean()}
+            losses = stage1_losses(response, W, A, B, self.settings.threshold)
+        if self.weights["reconstruction"]:
+            pairs, statistics = [(response.A, response.B), (A, B)], self.hypernetwork.statistics
+            if statistics is not None:
+                own = statistics[shape_key(look.shape)]
+                pairs = [own.normalise(*pair, look.row) for pair in pairs]
+            losses["reconstruction"] = factors(*pairs, None).mean()
+        return losses
 
     def _rows(self, step: int) -> list[Tensor]:
         """Some layers drawn for this step: their rows among those of each shape."""
