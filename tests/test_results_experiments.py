@@ -99,7 +99,7 @@ def test_the_page_has_every_table_that_has_runs_and_the_papers_figures_beside_th
     spread = math.sqrt(sum((d - 0.0) ** 2 for d in (0.05, -0.05, 0.0)) / 2 / 3)
     assert f"+0.000 ± {spread:.3f}" in threshold or f"-0.000 ± {spread:.3f}" in threshold
     cosines = next(line for line in lines if line.startswith("| Stage II to Stage I |"))
-    assert cosines == "| Stage II to Stage I | 0.210 ± 0.010 | 0.710 ± 0.010 | 0.91 |"
+    assert cosines == "| Stage II to Stage I | 0.210 ± 0.010 | 0.710 ± 0.010 |  | 0.91 |"
     assert "| LoFA | 0.250 ± 0.000 | 1,234,567 |" in lines
 
 
@@ -166,18 +166,36 @@ def test_bases_that_were_never_seen_stand_beside_the_first(folder):
     assert lines[-1] == "| styles | true W | 1 | 0.500 | 0.500 | 5.00 | 9.00 |" and len(lines) == 4
 
 
-def test_stage_one_is_listed_by_the_number_of_loras_that_were_there(folder):
-    names = ("stage1_centred_cosine", "ridge_map_centred_cosine", "stage1_cosine", "mean_map_cosine")
+def test_stage_one_is_listed_by_the_loras_that_it_learns_from(folder):
+    names = (
+        "stage1_centred_cosine", "ridge_map_task_cosine", "stage1_cosine", "mean_map_cosine",
+        "stage1_task_cosine", "stage1_often_task_cosine",
+    )  # fmt: skip
     for count in (128, 32):
-        response = dict(zip(names, (count / 1000, 0.1, 0.8, 0.7), strict=True))
+        values = (count / 1000, 0.1, 0.8, 0.7, count / 500, 0.3)
+        response = dict(list(zip(names, values, strict=True))[: 6 if count == 128 else 4])
         seeds = {"0": {"machine": "cpu", "rows": {}, "response": response, "loras": count}}
-        (folder / f"maps{count}.json").write_text(json.dumps({"name": f"maps {count}", "seeds": seeds}))
+        described = {"name": f"Stage I, {count} LoRAs", "seeds": seeds}
+        (folder / f"maps{count}.json").write_text(json.dumps(described))
     lines = results_experiments.loras_table(Experiments(folder))
-    assert lines[2:] == [
-        "| 32 | 1 | 0.032 | 0.100 | 0.800 | 0.700 |",
-        "| 128 | 1 | 0.128 | 0.100 | 0.800 | 0.700 |",
-    ]
-    assert section(folder, folder.parent).count("### LoRAs that Stage I learns from") == 1
+    assert lines[3] == "| 128 LoRAs | 128 | 1 | 0.256 |  | 0.300 | 0.100 | 0.128 | 0.800 | 0.700 |"
+    assert lines[2] == "| 32 LoRAs | 32 | 1 |  |  |  | 0.100 | 0.032 | 0.800 | 0.700 |" and len(lines) == 4
+    seeds = {
+        str(seed): {"machine": "cpu", "rows": {}, "response": {"repeat_task_cosine": 0.16}} for seed in (0, 1)
+    }
+    (folder / "again.json").write_text(json.dumps({"name": "per-task LoRA, again", "seeds": seeds}))
+    assert "| 0.256 | 0.640 |" in results_experiments.loras_table(Experiments(folder))[3]
+    assert section(folder, folder.parent).count("### Stage I, by the LoRAs that it learns from") == 1
+
+
+def test_a_cosine_that_some_seeds_have_is_shown_of_those(folder):
+    for path in folder.iterdir():
+        whole = json.loads(path.read_text())
+        if whole["name"] == "LoFA":
+            whole["seeds"]["1"]["response"]["stage1_task_cosine"] = 0.125
+            path.write_text(json.dumps(whole))
+    lines = results_experiments.response_table(Experiments(folder))
+    assert lines[2].split("|")[4].strip() == "0.125" and "±" in lines[2].split("|")[2]
 
 
 def test_the_spread_of_draws_stands_beside_that_of_tasks(folder):

@@ -31,9 +31,12 @@ class Experiments:
         return [one[name] for one in self.seeds.get(experiment, {}).values() if name in one]
 
     def response(self, experiment: str) -> dict[str, list[float]]:
-        """An experiment's cosines of response maps."""
-        found = [one["response"] for one in self.seeds.get(experiment, {}).values() if "response" in one]
-        return {name: [one[name] for one in found] for name in found[0]} if found else {}
+        """An experiment's cosines of response maps, each of the seeds that have it."""
+        cosines: dict[str, list[float]] = {}
+        for found in self.of(experiment, "response"):
+            for name, value in found.items():
+                cosines.setdefault(name, []).append(value)
+        return cosines
 
 
 def mean_and_spread(values: Sequence[float], digits: int) -> str:

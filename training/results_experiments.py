@@ -2,6 +2,7 @@
 with the paper's own figures beside them, and two plots.
 """
 
+import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,14 @@ from .result_tables import (
     Line,
     Table,
 )
+
+_OF_COSINES = """\
+Centred: both maps less the mean map of the 32 training LoRAs. What is left of it then is partly that mean's
+own noise, which stands on both sides. Between tasks: each set of maps less its own mean over the held-out
+tasks, so that only what tells tasks apart counts; a map that is the same for all of them scores 0."""
+_OF_STAGE1 = """\
+Between tasks, as above. The most possible for a map that has only the task to go by is the square root of
+what two trainings of one task agree by. "To two trainings": to how often each entry responds in both."""
 
 
 def table_of(found: Experiments, table: Table) -> list[str]:
@@ -79,38 +88,52 @@ def response_table(found: Experiments) -> list[str]:
     figures = found.response(LOFA) | found.response(AGAIN)
     if "stage1_cosine" not in figures:
         return []
-    lines = ["| response maps | cosine | centred cosine | the paper's cosine |", "|---|---|---|---|"]
-    for label, plain, centred, paper in (
-        ("Stage I to the per-task LoRA's", "stage1_cosine", "stage1_centred_cosine", "0.77"),
-        ("Stage II to Stage I", "stage2_to_stage1_cosine", "stage2_to_stage1_centred_cosine", "0.91"),
-        ("Stage II to the per-task LoRA's", "stage2_cosine", "stage2_centred_cosine", "0.83"),
-        ("a per-task LoRA's to those of another training", "repeat_cosine", "repeat_centred_cosine", ""),
-        ("ridge regression of maps on true factors", "", "ridge_map_centred_cosine", ""),
-        ("the mean training map to the per-task LoRA's", "mean_map_cosine", "", ""),
-        ("small weights to the per-task LoRA's", "small_weight_cosine", "", ""),
+    headings = ("response maps", "cosine", "centred cosine", "between tasks", "the paper's cosine")
+    lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
+    for label, name, paper in (
+        ("Stage I to the per-task LoRA's", "stage1", "0.77"),
+        ("Stage II to Stage I", "stage2_to_stage1", "0.91"),
+        ("Stage II to the per-task LoRA's", "stage2", "0.83"),
+        ("a per-task LoRA's to those of another training", "repeat", ""),
+        ("ridge regression of maps on true factors", "ridge_map", ""),
+        ("the mean training map to the per-task LoRA's", "mean_map", ""),
+        ("small weights to the per-task LoRA's", "small_weight", ""),
     ):
-        cells = [mean_and_spread(figures.get(name, []), 3) for name in (plain, centred)]
-        if not any(cells):
-            continue
-        lines.append(f"| {label} | {' | '.join(cells)} | {paper} |")
+        of = (f"{name}_cosine", f"{name}_centred_cosine", f"{name}_task_cosine")
+        cells = [mean_and_spread(figures.get(key, []), 3) for key in of]
+        if any(cells):
+            lines.append(f"| {label} | {' | '.join(cells)} | {paper} |")
     return lines
 
 
 def loras_table(found: Experiments) -> list[str]:
-    """Markdown: Stage I by the number of LoRAs that it learns from."""
-    headings = ("LoRAs", "seeds", "Stage I, centred cosine", "ridge regression of maps", "Stage I, cosine")
-    lines = [f"| {' | '.join(headings)} | mean map, cosine |", "|---" * 6 + "|"]
-    rows = []
+    """Markdown: Stage I alone, by what it learns from."""
+    headings = ("Stage I", "LoRAs", "seeds", "between tasks", "of the most possible", "to two trainings")
+    headings += ("ridge regression of maps", "centred cosine", "cosine", "mean map, cosine")
+    repeat, rows = found.response(AGAIN).get("repeat_task_cosine", []), []
+    most = math.sqrt(max(0.0, statistics.fmean(repeat))) if repeat else 0.0
     for name in found.seeds:
-        if counts := set(found.of(name, "loras")):
-            cosines, (count,) = found.response(name), counts
-            shown = [
-                mean_and_spread(cosines[key], 3)
-                for key in (
-                    "stage1_centred_cosine", "ridge_map_centred_cosine", "stage1_cosine", "mean_map_cosine"
-                )
-            ]  # fmt: skip
-            rows.append((count, f"| {count} | {len(found.seeds[name])} | {' | '.join(shown)} |"))
+        if not (counts := set(found.of(name, "loras"))):
+            continue
+        (count,), cosines = counts, found.response(name)
+        between = cosines.get("stage1_task_cosine", [])
+        shown = [
+            mean_and_spread(values, 3)
+            for values in (
+                between,
+                [cosine / most for cosine in between if most],
+                *(
+                    cosines.get(key, [])
+                    for key in (
+                        "stage1_often_task_cosine", "ridge_map_task_cosine", "stage1_centred_cosine",
+                        "stage1_cosine", "mean_map_cosine",
+                    )
+                ),
+            )
+        ]  # fmt: skip
+        label = name.removeprefix("Stage I, ")
+        rows.append((count, f"| {label} | {count} | {len(found.seeds[name])} | {' | '.join(shown)} |"))
+    lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
     return lines + [row for _, row in sorted(rows)] if rows else []
 
 
@@ -252,16 +275,16 @@ def section(folder: Path, pictures: Path) -> list[str]:
     for table in TABLES:
         if rows := table_of(found, table):
             lines += ["", f"### {table.title}", "", *([table.words, ""] if table.words else []), *rows]
-    for title, rows in (
-        ("Factor by factor", factors_table(found)),
-        ("Response maps (section 4.4)", response_table(found)),
-        ("LoRAs that Stage I learns from", loras_table(found)),
-        ("Bases it never saw: true W and random constants", bases_table(found)),
-        ("How far draws are apart", spread_table(found)),
-        ("Seconds for one personalisation", seconds_table(found)),
+    for title, words, rows in (
+        ("Factor by factor", "", factors_table(found)),
+        ("Response maps (section 4.4)", _OF_COSINES, response_table(found)),
+        ("Stage I, by the LoRAs that it learns from", _OF_STAGE1, loras_table(found)),
+        ("Bases it never saw: true W and random constants", "", bases_table(found)),
+        ("How far draws are apart", "", spread_table(found)),
+        ("Seconds for one personalisation", "", seconds_table(found)),
     ):
         if rows:
-            lines += ["", f"### {title}", "", *rows]
+            lines += ["", f"### {title}", "", *([words, ""] if words else []), *rows]
     for picture in plots(found, pictures):
         lines += ["", f"![{picture.removesuffix('.png')}]({picture})"]
     return lines
