@@ -32,8 +32,8 @@ def figures_text(figures: dict) -> str:
         f"{_share(found['joint_gap_closed'])} on getting all factors right. On all three measures at "
         f"once it beats: {', '.join(found['beaten']) or 'none'}.",
         f"Stage I's response maps: cosine {found['stage1_cosine']:.3f} with the real maps; the mean training "
-        f"map {found['mean_map_cosine']:.3f}, small |W| alone {found['small_weight_cosine']:.3f}; centred on "
-        f"the mean map, Stage I has {found['stage1_centred_cosine']:.3f}. "
+        f"map {found['mean_map_cosine']:.3f}, small |W| alone {found['small_weight_cosine']:.3f}; of what "
+        f"tells tasks apart, Stage I has {found['stage1_task_cosine']:.3f}. "
         f"{_share(found['responding_share'])} of the entries respond.",
         f"The VAE rebuilds held-out clips at {vae['held_out_psnr_db']:.1f} dB; the evaluator reads all six "
         f"factors of {100 * evaluator['held_out_joint']:.1f}% of held-out drawn clips and of "
