@@ -188,6 +188,15 @@ def test_stage_one_is_listed_by_the_loras_that_it_learns_from(folder):
     assert section(folder, folder.parent).count("### Stage I, by the LoRAs that it learns from") == 1
 
 
+def test_rows_that_share_the_chosen_trainings_noise_are_not_pooled(folder):
+    found, line = Experiments(folder), (Line("one", "without response"),)
+    near = Choice("0.02", (Line("0.01", "threshold 0.01"),), near=True)
+    alone, beside = (choices_table(found, (Choice("two stages", line), *more)) for more in ((), (near,)))
+    assert beside[2] == alone[2] and "0.01" in beside[3]
+    far = choices_table(found, (Choice("two stages", line), Choice("0.02", near.others)))
+    assert far[2] != alone[2]
+
+
 def test_a_cosine_that_some_seeds_have_is_shown_of_those(folder):
     for path in folder.iterdir():
         whole = json.loads(path.read_text())

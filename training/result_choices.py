@@ -36,7 +36,9 @@ def choices_table(found: Experiments, choices: Sequence[Choice] = CHOICES) -> li
     ]
     measures = {"joint": 1.0, "frechet": -1.0}  # which way is better
     deviations = {
-        measure: pooled_deviation([by_seed(chosen, rows, measure) for _, _, chosen, rows in pairs])
+        measure: pooled_deviation(
+            [by_seed(chosen, rows, measure) for choice, _, chosen, rows in pairs if not choice.near]
+        )
         for measure in measures
     }
     headings = ("the choice", "instead", "seeds", *(MEASURES[measure][0] for measure in measures))

@@ -41,6 +41,9 @@ class Choice:
     what: str
     others: tuple[Line, ...]
     chosen: str = LOFA
+    # The chosen training in all but little: both share most of their noise, and how far they are apart says
+    # nothing of how far other trainings would be.
+    near: bool = False
 
 
 MEASURES: dict[str, tuple[str, int]] = {
@@ -193,6 +196,7 @@ CHOICES = (
     Choice(
         "threshold 0.02",
         tuple(Line(value, f"threshold {value}") for value in ("0.01", "0.015", "0.025", "0.03")),
+        near=True,
     ),
     Choice(
         "Stage I's features in the 1st and 3rd block",
@@ -203,6 +207,7 @@ CHOICES = (
             Line("2nd and 3rd", "features in blocks 1 and 2"),
             Line("all", "features in every block"),
         ),
+        near=True,
     ),
     Choice(
         "reconstruction and diffusion (eq. 8)",

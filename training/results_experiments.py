@@ -266,9 +266,10 @@ def section(folder: Path, pictures: Path) -> list[str]:
             "### Choices of the design, one by one",
             "",
             "What becomes of held-out tasks when one thing is decided otherwise: the difference, seed by",
-            "seed, with a standard error from all rows of this table together. A choice helps or hurts where",
-            "the difference is beyond two of them on either measure, over three seeds or more; by chance up",
-            "to one row in ten is.",
+            "seed, with a standard error from the rows of this table together (thresholds and blocks aside,",
+            "which share most of LoFA's own training). A choice helps or hurts where the difference is",
+            "beyond two of them on either measure, over three seeds or more; by chance up to one row in ten",
+            "is. Most rows are compared with the same three trainings of LoFA, whose noise they share.",
             "",
             *rows,
         ]
