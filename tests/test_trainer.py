@@ -168,6 +168,20 @@ def test_a_checkpoint_of_other_settings_is_not_gone_on_from(tmp_path, changes):
     run(tmp_path, settings=replace(SETTINGS, checkpoint_every=3, validate_every=0))  # these two are free
 
 
+def test_a_checkpoint_older_than_a_key_had_its_default(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, stop_after=killed_after(4))
+    path = Checkpoints(tmp_path / "checkpoints", Accelerator(cpu=True)).last() / "settings.json"
+    settings = json.loads(path.read_text())
+    assert settings.pop("weight_decay") == StageConfig().weight_decay
+    path.write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="made with weight_decay = 0.0, the configuration says 0.1"):
+        run(tmp_path, settings=replace(SETTINGS, weight_decay=0.1))
+    again, _ = run(tmp_path)
+    whole, _ = run(tmp_path / "whole")
+    assert torch.equal(again.module.weight, whole.module.weight)
+
+
 def test_a_checkpoint_that_could_not_be_written_leaves_the_one_before(tmp_path, monkeypatch):
     save = Accelerator.save_state
 

@@ -97,7 +97,9 @@ class NetworkConfig:
 
 @dataclass(frozen=True)
 class StageConfig:
-    """How a stage is trained, whatever it learns."""
+    """How a stage is trained, whatever it learns. A new key's default has to be what was done before there
+    was one: checkpoints that are older than a key are taken to have had it.
+    """
 
     steps: int = 1000
     tasks: int = 16  # tasks a step, of all processes together

@@ -110,7 +110,7 @@ def train(
     for extra in stage.state():
         accelerator.register_for_checkpointing(extra)
     checkpoints = Checkpoints(folder / "checkpoints", accelerator)
-    first = checkpoints.load_last(asdict(settings))
+    first = checkpoints.load_last(settings)
     mine = range(accelerator.process_index, settings.tasks, accelerator.num_processes)
     parts = [mine[part :: settings.accumulate] for part in range(settings.accumulate)]
     with _Log(folder, first, settings.steps, stage.name, accelerator, console) as log:
@@ -198,18 +198,21 @@ class Checkpoints:
         found = sorted(self.folder.glob("step-*"))
         return found[-1] if found else None
 
-    def load_last(self, settings: dict[str, Any]) -> int:
-        """Take up the newest checkpoint; the number of steps done. ValueError where settings differ."""
+    def load_last(self, settings: StageConfig) -> int:
+        """Take up the newest checkpoint; the number of steps done. ValueError where settings differ. A key
+        that came after the checkpoint had its default: that is what was done before there was such a key.
+        """
         if self.accelerator.is_main_process:
             self.clear()
         path = self.last()
         if path is None:
             return 0
-        kept = json.loads((path / "settings.json").read_text(encoding="utf-8"))
-        for name, value in settings.items():
-            if name not in _FREE and kept.get(name) != value:
+        defaults = asdict(type(settings)())
+        kept = defaults | json.loads((path / "settings.json").read_text(encoding="utf-8"))
+        for name, value in asdict(settings).items():
+            if name not in _FREE and kept[name] != value:
                 raise ValueError(
-                    f"{path} was made with {name} = {kept.get(name)}, the configuration says {value}. "
+                    f"{path} was made with {name} = {kept[name]}, the configuration says {value}. "
                     "Put the value back to go on, or name another `out` to start anew."
                 )
         self.accelerator.load_state(str(path))
