@@ -196,6 +196,45 @@ def test_evaluation_says_its_table_and_keeps_its_figures(finished, monkeypatch):
     torch.set_num_threads(1)
 
 
+def test_a_run_ships_its_network_its_figures_and_some_of_its_loras(finished, tmp_path, monkeypatch):
+    figures, network, said = tmp_path / "figures.json", tmp_path / "shipped.safetensors", []
+    figures.write_text('{"vae": {"seed": 0}}')
+    monkeypatch.setattr(loop, "SHIPPED", tmp_path)
+    monkeypatch.setattr(loop, "_SHIPPED_LORAS", 1)
+    monkeypatch.setattr(loop, "write_figures", said.append)
+    monkeypatch.setattr(miniature, "FIGURES", figures)
+    monkeypatch.setattr(miniature, "HYPERNETWORK", network)
+    (finished.folder / "evaluation.json").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match="no evaluation.json. Run `evaluate`; nothing ships unmeasured"):
+        finished.ship()
+    assert not network.exists()
+    known, held_out = finished.packed("training"), finished.packed("held_out")
+    (finished.folder / "evaluation.json").write_text('{"rows": {}}')
+    finished.ship()
+    assert network.read_bytes() == (finished.folder / "hypernetwork.safetensors").read_bytes()
+    kept = json.loads(figures.read_text())
+    assert (
+        json.loads(json.dumps(said)) == [kept]
+        and kept["vae"] == {"seed": 0}
+        and kept["hypernetwork"]["rows"] == {}
+    )
+    assert kept["hypernetwork"]["config"]["lora"]["rank"] == 2
+    first, all_ = (
+        LoRADataset.load(tmp_path / f"loras_{name}.safetensors") for name in ("training", "held_out")
+    )
+    assert first.tasks == known.tasks[:1] and len(known.tasks) == 2
+    assert torch.equal(first.loras.flat(), known.loras.flat()[:1])
+    assert all_.tasks == held_out.tasks and torch.equal(all_.loras.flat(), held_out.loras.flat())
+
+
+def test_a_run_without_loras_goes_on_with_the_shipped_ones_and_says_how_many(tmp_path):
+    run = new_run(tmp_path / "run", data=DataConfig(clips_per_task=1, lora_tasks=64))
+    known = run._dataset("training")
+    assert len(known.tasks) == 32 and known.tasks == run._lora_tasks(32)
+    said = run.console.file.getvalue()
+    assert "no LoRAs here. Going on with the 32 of 64 that the miniature comes with" in said
+
+
 def test_held_out_clips_come_from_seeds_of_their_own(finished):
     data = MiniatureTasks(finished.config.data, finished.folder)
     data.held_out = data.held_out[:2]

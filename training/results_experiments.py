@@ -12,10 +12,10 @@ from .result_figures import Experiments, Rows, against, gap_closed, mean_and_spr
 from .result_tables import (
     AGAIN,
     BUDGETS,
-    BY_FACTOR,
     FACTOR,
     LOFA,
     MEASURES,
+    METHODS,
     TABLES,
     YARDSTICK,
     Line,
@@ -67,7 +67,7 @@ def _from_lofa(line: Line, lofa: Rows, rows: Rows, measure: str, digits: int) ->
 
 def factors_table(found: Experiments) -> list[str]:
     """Markdown: the share of clips that show each factor right, of the seeds that say so."""
-    rows = {line.label: list(found.rows(line).values()) for line in BY_FACTOR}
+    rows = {line.label: list(found.rows(line).values()) for line in METHODS.lines}
     told = {label: told for label, all_ in rows.items() if (told := [row for row in all_ if _factors(row)])}
     if not told:
         return []
