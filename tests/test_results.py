@@ -54,6 +54,19 @@ def test_each_condition_is_compared_with_the_network_for_it_alone():
     assert len(lines) == 2 + 3 + 1 + 1
 
 
+def test_the_shipped_network_stands_beside_them_and_its_tables_follow():
+    runs = {"text": run(0.2), "all": run(0.4, looks=LOOKS), "shipped": run(0.6)}
+    lines = results.conditions_table(runs)
+    assert "| text | for all, as shipped | 0.600 | 0.700 | 0.80 | 0.9000 |" in lines
+    assert "| | for all / alone | 2.00 | 1.67 | 1.50 | 1.40 |" in lines
+    assert not [line for line in lines if "style" in line and "shipped" in line]  # it was not shown looks
+    page = results.document(runs, "made so")
+    assert "As shipped: it learned" in page and "| LoFA | 0.600 |" in page and "| LoFA | 0.400 |" not in page
+    del runs["shipped"]
+    page = results.document(runs, "made so")
+    assert "As shipped" not in page and "| LoFA | 0.400 |" in page
+
+
 def test_identity_has_its_seconds_where_they_were_measured():
     table = results.identity_table(IDENTITY)
     assert table[-2] == "| LoFA | 0.500 | 1.50 | 0.600 | 0.70 | 2.50 | 0.800 | 0.900 | 0.25 |"
@@ -90,4 +103,4 @@ def test_what_is_no_evaluated_run_is_named(wrong, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["results", wrong])
     with pytest.raises(SystemExit):
         results.main()
-    assert f"{wrong}: expected one of text, pose, style, all, identity" in capsys.readouterr().err
+    assert f"{wrong}: expected one of text, pose, style, all, shipped, identity" in capsys.readouterr().err

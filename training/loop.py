@@ -318,8 +318,8 @@ class Run:
         kept = kept.of(wanted)
         if self.process == 0 and len(kept.tasks) < len(wanted):
             self.console.print(
-                f"{self.folder}: no LoRAs here. Going on with the {len(kept.tasks)} of {len(wanted)} that the "
-                "miniature comes with; `lora-dataset` makes them all.",
+                f"{self.folder}: no LoRAs here. Going on with the {len(kept.tasks)} of {len(wanted)} that "
+                "the miniature comes with; `lora-dataset` makes them all.",
                 soft_wrap=True,
             )
         return kept
