@@ -169,7 +169,7 @@ def document(
         lines += [
             "",
             "As shipped: it learned from 128 LoRAs of actions and 128 of looks in place of 32 each, Stage I",
-            "for longer, and their A and B beside their maps (docs/TRAINING.md). Its baselines have 128, too.",
+            "for longer, their A and B beside their maps (docs/TRAINING.md). Its baselines have 128, too.",
         ]
     used = runs.get(SHIPPED, runs.get(TOGETHER, {}))
     if "both" in used:
