@@ -43,7 +43,6 @@ from .trainer import Stage, train
 
 TEXT_TO_LORA = "text_to_lora.safetensors"
 SHIPPED = Path(__file__).parent / "miniature"  # the LoRAs that the README's figures rest on
-_SHIPPED_LORAS = 32  # of training actions and of training looks: all that a run has would be too large a file
 
 
 class Run:
@@ -88,7 +87,7 @@ class Run:
         ):
             for name, tasks, latents in (
                 ("held_out", self.data.held_out, self._held_out_latents),
-                ("training", self._lora_tasks(self.config.data.lora_tasks), self._training_latents),
+                ("training", self._lora_tasks(), self._training_latents),
             ):
                 folder = LoRAFolder(self._lora_folder(name).path.resolve())
                 found.append(
@@ -264,9 +263,8 @@ class Run:
             raise ValueError(f"{self.folder}: no evaluation.json. Run `evaluate`; nothing ships unmeasured.")
         figures = json.loads(miniature.FIGURES.read_text())
         figures["hypernetwork"] = json.loads(evaluation.read_text()) | {"config": asdict(self.config)}
-        copy_whole(self._packed_file("held_out"), SHIPPED / "loras_held_out.safetensors")
-        known = LoRADataset.load(self._packed_file("training"))
-        known.of(self._lora_tasks(_SHIPPED_LORAS)).save(SHIPPED / "loras_training.safetensors")
+        for name in ("training", "held_out"):
+            copy_whole(self._packed_file(name), SHIPPED / f"loras_{name}.safetensors")
         copy_whole(self.folder / "hypernetwork.safetensors", miniature.HYPERNETWORK)
         write_whole(miniature.FIGURES, json.dumps(figures, indent=1) + "\n")
         write_figures(figures)
@@ -300,7 +298,7 @@ class Run:
     def _dataset(self, name: str) -> LoRADataset:
         """The run's valid LoRAs of its "training" or "held_out" tasks, else the shipped ones."""
         folder, shipped = self._lora_folder(name), SHIPPED / f"loras_{name}.safetensors"
-        wanted = self.data.held_out if name == "held_out" else self._lora_tasks(self.config.data.lora_tasks)
+        wanted = self.data.held_out if name == "held_out" else self._lora_tasks()
         if folder.manifest.exists():
             layers = self.data.weights.model.layers
             groups = self.data.base_description().by_shape().values()
@@ -327,13 +325,11 @@ class Run:
     def _lora_folder(self, name: str) -> LoRAFolder:
         return LoRAFolder(Path(self.config.data.loras or self.folder) / f"loras_{name}")
 
-    def _lora_tasks(self, most: int) -> list:
-        """Up to `most` of each sort, evenly spread over the training tasks, so that every factor value has
-        its share.
-        """
+    def _lora_tasks(self) -> list:
+        """Evenly spread over the training tasks of each sort, so that every factor value has its share."""
         chosen = []
         for tasks in self.data.sorts():
-            count = min(most, len(tasks))
+            count = min(self.config.data.lora_tasks, len(tasks))
             chosen += [tasks[i * len(tasks) // count] for i in range(count)]
         return chosen
 
