@@ -2,8 +2,8 @@
 
 `python -m training.results text=runs/text pose=runs/pose style=runs/style all=runs/all
 identity=runs/faces_identity` reads each run's evaluation.json and writes the tables of held-out figures:
-every condition under the network trained for it alone, under the one for all and under one from a better
-Stage I (`better=...`), and identity on the second miniature. Runs that are not named are left out.
+every condition under the network trained for it alone, under the one for all and under one for all with
+more LoRAs (`more=...`), and identity on the second miniature. Runs that are not named are left out.
 """
 
 import argparse
@@ -22,10 +22,10 @@ MEASURES = {
     "flow_matching": "flow matching",
 }
 TOGETHER = "all"  # the run of the network for all conditions
-BETTER = "better"  # of another for all, from more LoRAs and a better Stage I
+MORE = "more"  # of another for all, with more LoRAs to learn from
 KINDS = ("text", "pose", "style")
 IDENTITY = "identity"  # the run on the second miniature
-NAMES = (*KINDS, TOGETHER, BETTER, IDENTITY)
+NAMES = (*KINDS, TOGETHER, MORE, IDENTITY)
 
 
 def row_of(found: dict, kind: str) -> dict[str, float] | None:
@@ -39,7 +39,7 @@ def row_of(found: dict, kind: str) -> dict[str, float] | None:
 
 def conditions_table(runs: dict[str, dict]) -> list[str]:
     """Markdown: each kind of condition, the network for it alone and the one for all, and their ratio; and
-    the one from a better Stage I.
+    the one with more LoRAs.
     """
     lines = [
         "| condition | network | " + " | ".join(MEASURES.values()) + " |",
@@ -51,7 +51,7 @@ def conditions_table(runs: dict[str, dict]) -> list[str]:
             for name, run in (
                 ("for it alone", runs.get(kind)),
                 ("for all", runs.get(TOGETHER)),
-                ("for all, from a better Stage I", runs.get(BETTER)),
+                ("for all, 128 LoRAs", runs.get(MORE)),
             )
             if run is not None and (row := row_of(run, kind)) is not None
         }
@@ -165,11 +165,11 @@ def document(
         "",
         *conditions_table(runs),
     ]
-    if BETTER in runs:
+    if MORE in runs:
         lines += [
             "",
-            "The better Stage I learned from 128 LoRAs of actions and 128 of looks in place of 32 each, for",
-            "longer, their A and B beside their maps. docs/TRAINING.md says why that network is not shipped.",
+            "128 LoRAs of actions and 128 of looks in place of 32 each, and a Stage I that learned their A",
+            "and B beside their maps, for longer. docs/TRAINING.md says what came of it; it is not shipped.",
         ]
     if "both" in runs.get(TOGETHER, {}):
         lines += ["", "## Text and style at once", "", *both_table(runs[TOGETHER])]
