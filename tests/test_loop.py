@@ -223,12 +223,17 @@ def test_a_run_ships_its_network_its_figures_and_its_loras(finished, tmp_path, m
         assert packed.tasks == own.tasks and torch.equal(packed.loras.flat(), own.loras.flat())
 
 
-def test_a_run_without_loras_goes_on_with_the_shipped_ones_and_says_how_many(tmp_path):
+def test_a_run_without_loras_goes_on_with_the_shipped_ones_and_says_how_many(tmp_path, monkeypatch):
     run = new_run(tmp_path / "run", data=DataConfig(clips_per_task=1, lora_tasks=64))
     known = run._dataset("training")
     assert len(known.tasks) == 32 and set(known.tasks) < set(run._lora_tasks())
     said = run.console.file.getvalue()
-    assert "no LoRAs here. Going on with the 32 of 64 that the miniature comes with" in said
+    assert "no LoRAs here. Going on with the miniature's 32 of 64; `lora-dataset` makes them all" in said
+    other = new_run(tmp_path / "other", data=DataConfig(clips_per_task=1, lora_tasks=1, training_tasks=1))
+    nowhere = dataclasses.replace(known, tasks=known.tasks[1:])
+    monkeypatch.setattr(LoRADataset, "load", lambda path: nowhere)
+    with pytest.raises(ValueError, match="other: no LoRAs here, and the shipped ones are of other tasks"):
+        other._dataset("training")
 
 
 def test_held_out_clips_come_from_seeds_of_their_own(finished):

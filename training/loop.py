@@ -30,7 +30,7 @@ from .data.folder_tasks import open_tasks
 from .end_to_end import EndToEnd
 from .evaluate import Sharing, as_table, evaluate, rounded
 from .looks import Predictor, names_by_shape
-from .lora_dataset import LoRADataset, LoRAFolder
+from .lora_dataset import LoRADataset, LoRAFolder, shipped_loras
 from .lora_factory import initial_A
 from .lora_run import Summary, make_dataset, train_here
 from .machine import cores
@@ -307,19 +307,10 @@ class Run:
             raise ValueError(
                 f"{folder.path.parent}: no LoRAs here yet. Run `lora-dataset` with this configuration first."
             )
-        kept = LoRADataset.load(shipped)
-        if not set(kept.tasks) & set(wanted):
-            raise ValueError(
-                f"{self.folder}: no LoRAs here, and the shipped ones are of other tasks than this "
-                "configuration's. Run `lora-dataset` with it first."
-            )
-        kept = kept.of(wanted)
+        kept = shipped_loras(shipped, wanted, self.folder)
         if self.process == 0 and len(kept.tasks) < len(wanted):
-            self.console.print(
-                f"{self.folder}: no LoRAs here. Going on with the {len(kept.tasks)} of {len(wanted)} that "
-                "the miniature comes with; `lora-dataset` makes them all.",
-                soft_wrap=True,
-            )
+            few = f"no LoRAs here. Going on with the miniature's {len(kept.tasks)} of {len(wanted)}"
+            self.console.print(f"{self.folder}: {few}; `lora-dataset` makes them all.", soft_wrap=True)
         return kept
 
     def _lora_folder(self, name: str) -> LoRAFolder:

@@ -71,6 +71,19 @@ class LoRADataset:
         return cls(Factors((A,), (B.mT.contiguous(),)), tasks)
 
 
+def shipped_loras(path: Path, wanted: Iterable, run: Path) -> LoRADataset:
+    """Those of the wanted tasks that the miniature comes with, for a run that has none of its own. ValueError
+    where there is not one.
+    """
+    all_ = LoRADataset.load(path)
+    if not set(all_.tasks) & set(wanted):
+        raise ValueError(
+            f"{run}: no LoRAs here, and the shipped ones are of other tasks than this configuration's. Run "
+            "`lora-dataset` with it first."
+        )
+    return all_.of(wanted)
+
+
 @dataclass(frozen=True)
 class Record:
     """One line of the manifest: what became of a task. A task's last line is the one that counts."""
