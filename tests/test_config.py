@@ -1,12 +1,14 @@
 """The training configuration: the shipped file, and what is refused in a user's own."""
 
 import dataclasses
+import json
 import re
 import sys
 from pathlib import Path
 
 import pytest
 
+from lofa_core import miniature
 from lofa_core.descriptions import HypernetworkConfig
 from training import full_size, train
 from training.config import EvaluationConfig, LoRAConfig, Stage1Config, TrainingConfig, load_config
@@ -172,3 +174,11 @@ def test_the_command_line_says_what_is_wrong_and_returns_two(tmp_path, monkeypat
         "run.toml" if text is None else "[lora]: unknown key 'rnak'" if "rnak" in text else 'base = "wan"'
     )
     assert wanted in said.err and "Traceback" not in said.err and said.out == ""
+
+
+def test_the_shipped_configuration_is_that_of_the_shipped_network():
+    made = json.loads(miniature.FIGURES.read_text())["hypernetwork"]["config"]
+    now = json.loads(json.dumps(dataclasses.asdict(load_config(SHIPPED))))
+    for section in ("data", "lora", "network", "stage1", "stage2"):  # keys that came later had no other value
+        now_there = {key: now[section][key] for key in made[section]}
+        assert now_there | {"cache": ""} == made[section] | {"cache": ""}, section

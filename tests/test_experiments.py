@@ -312,3 +312,15 @@ def test_the_shipped_plan_is_whole():
     families = {name for name in plan.experiments if plan.experiments[name].bases}
     maps = {name for name in plan.experiments if plan.experiments[name].parts == ("stage1",)}
     assert set(plan.experiments) - set(named) == families | maps and len(families) == 8
+
+
+def test_the_figures_that_are_kept_belong_to_the_shipped_plan():
+    from pathlib import Path
+
+    root = Path(module.__file__).parents[1]
+    plan = Plan.load(root / "training" / "configs" / "experiments.toml")
+    kept = sorted((root / plan.results).glob("*.json"))
+    assert len(kept) > 50
+    for path in kept:
+        name = json.loads(path.read_text())["name"]
+        assert figures_of(path.parent, plan.described(name), 0), f"{path.name}: of another plan"
