@@ -21,7 +21,7 @@ from training.config import DataConfig, LoRAConfig, NetworkConfig, Stage1Config,
 from training.evaluate import Sharing
 from training.factors import Factors
 from training.loop import Run
-from training.lora_dataset import LoRADataset, LoRAFolder
+from training.lora_dataset import LoRADataset, LoRAFolder, evenly_spread
 from training.miniature import world
 from training.miniature.latents import LatentClips
 from training.miniature.tasks import MiniatureTasks
@@ -234,6 +234,21 @@ def test_a_run_without_loras_goes_on_with_the_shipped_ones_and_says_how_many(tmp
     monkeypatch.setattr(LoRADataset, "load", lambda path: nowhere)
     with pytest.raises(ValueError, match="other: no LoRAs here, and the shipped ones are of other tasks"):
         other._dataset("training")
+
+
+def test_stage_1_may_learn_from_more_loras_than_all_else(tmp_path):
+    data = DataConfig(clips_per_task=1, lora_tasks=3)
+    many = Stage1Config(steps=1, tasks=2, layers=4, lora_tasks=8)
+    run = new_run(tmp_path / "run", data=data, lora=LoRAConfig(rank=4), stage1=many)
+    three, eight = (evenly_spread(run.data.sorts(), count) for count in (3, 8))
+    assert set(three) & set(eight) and set(run._lora_tasks()) == set(three) | set(eight)
+    assert len(run._lora_tasks()) == 10  # those that get a LoRA of their own, one of them for both
+    shipped = LoRADataset.load(loop.SHIPPED / "loras_training.safetensors").of(eight)
+    assert run._dataset("training").tasks == [task for task in three if task in shipped.tasks]
+    run.stage1()
+    learned = load_hypernetwork(run.folder / "stage1.safetensors")
+    assert len(shipped.tasks) == 8
+    assert torch.allclose(learned.statistics["96x96"].A_mean, shipped.loras.A[0].mean(0), atol=1e-5)
 
 
 def test_held_out_clips_come_from_seeds_of_their_own(finished):

@@ -128,6 +128,7 @@ class StageConfig:
 class Stage1Config(StageConfig):
     """Response maps (LoFA eq. 4) with the likelihood of dW itself as a second, denser target."""
 
+    lora_tasks: int = 0  # training tasks whose LoRAs it learns from; 0: data.lora_tasks, as all else does
     layers: int = 8  # target layers a step
     target: Literal["response", "lora"] = "response"  # the map; or the LoRA itself, as Stage II
     threshold: float = 0.02  # |dW / W| above which an entry responds

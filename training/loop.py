@@ -30,7 +30,7 @@ from .data.folder_tasks import open_tasks
 from .end_to_end import EndToEnd
 from .evaluate import Sharing, as_table, evaluate, rounded
 from .looks import Predictor, names_by_shape
-from .lora_dataset import LoRADataset, LoRAFolder, shipped_loras
+from .lora_dataset import LoRADataset, LoRAFolder, evenly_spread, shipped_loras
 from .lora_factory import initial_A
 from .lora_run import Summary, make_dataset, train_here
 from .machine import cores
@@ -72,8 +72,8 @@ class Run:
             torch.set_num_threads(1)
 
     def lora_dataset(self, ray: str | None = None) -> list[Summary]:
-        """Per-task LoRAs of `lora_tasks` training tasks and of every held-out one, into `data.loras` or the
-        run's folder. What is valid there stays; `ray` is a cluster's address, or "local".
+        """Per-task LoRAs of the training tasks that a stage learns from and of every held-out one, into
+        `data.loras` or the run's folder. What is valid there stays; `ray` is a cluster's address, or "local".
         """
         if ray and self.processes > 1:
             raise ValueError(f"--ray {ray}: Ray starts its own processes. Run this command without torchrun.")
@@ -103,7 +103,7 @@ class Run:
 
     def stage1(self) -> None:
         """Fit the target statistics and Stage I; writes stage1.safetensors."""
-        known = self._dataset("training")
+        known = self._dataset("training", self.config.stage1.lora_tasks)
         network = _fitted(self.new_network(), known)
         network.stage1.trunk.checkpoint_activations = self.config.stage1.checkpoint_activations
         self._train(Stage1(network, self.data, known, self._held_out(), self.config.stage1, self.device))
@@ -295,10 +295,13 @@ class Run:
     def _held_out_latents(self) -> Callable[[Any], Tensor]:
         return self.data.held_out_latents(self.config.data.clips_per_task, self.config.lora.repeat)
 
-    def _dataset(self, name: str) -> LoRADataset:
-        """The run's valid LoRAs of its "training" or "held_out" tasks, else the shipped ones."""
+    def _dataset(self, name: str, count: int = 0) -> LoRADataset:
+        """The run's valid LoRAs of its "held_out" tasks or of `count` of its "training" tasks (0:
+        `data.lora_tasks`), else the shipped ones.
+        """
         folder, shipped = self._lora_folder(name), SHIPPED / f"loras_{name}.safetensors"
-        wanted = self.data.held_out if name == "held_out" else self._lora_tasks()
+        few = evenly_spread(self.data.sorts(), count or self.config.data.lora_tasks)
+        wanted = self.data.held_out if name == "held_out" else few
         if folder.manifest.exists():
             layers = self.data.weights.model.layers
             groups = self.data.base_description().by_shape().values()
@@ -317,12 +320,9 @@ class Run:
         return LoRAFolder(Path(self.config.data.loras or self.folder) / f"loras_{name}")
 
     def _lora_tasks(self) -> list:
-        """Evenly spread over the training tasks of each sort, so that every factor value has its share."""
-        chosen = []
-        for tasks in self.data.sorts():
-            count = min(self.config.data.lora_tasks, len(tasks))
-            chosen += [tasks[i * len(tasks) // count] for i in range(count)]
-        return chosen
+        """The training tasks that some stage learns the LoRAs of, each once."""
+        counts = self.config.data.lora_tasks, self.config.stage1.lora_tasks
+        return list(dict.fromkeys(task for n in counts for task in evenly_spread(self.data.sorts(), n)))
 
     def new_network(self) -> Hypernetwork:
         """An untrained one of the configuration's design."""

@@ -71,6 +71,15 @@ class LoRADataset:
         return cls(Factors((A,), (B.mT.contiguous(),)), tasks)
 
 
+def evenly_spread(sorts: Iterable[Sequence], count: int) -> list:
+    """`count` tasks of each sort, all where it has fewer, so that every factor value has its share."""
+    chosen = []
+    for tasks in sorts:
+        few = min(count, len(tasks))
+        chosen += [tasks[place * len(tasks) // few] for place in range(few)]
+    return chosen
+
+
 def shipped_loras(path: Path, wanted: Iterable, run: Path) -> LoRADataset:
     """Those of the wanted tasks that the miniature comes with, for a run that has none of its own. ValueError
     where there is not one.
