@@ -54,15 +54,16 @@ def test_each_condition_is_compared_with_the_network_for_it_alone():
     assert len(lines) == 2 + 3 + 1 + 1
 
 
-def test_a_network_with_more_loras_stands_beside_them():
-    runs = {"text": run(0.2), "all": run(0.4, looks=LOOKS), "more": run(0.6)}
+def test_networks_with_fewer_and_more_loras_stand_beside_them():
+    runs = {"text": run(0.2), "all": run(0.4, looks=LOOKS), "fewer": run(0.3), "more": run(0.6)}
     lines = results.conditions_table(runs)
+    assert "| text | for all, 32 LoRAs | 0.300 | 0.400 | 0.50 | 0.6000 |" in lines
     assert "| text | for all, 128 LoRAs | 0.600 | 0.700 | 0.80 | 0.9000 |" in lines
     assert "| | for all / alone | 2.00 | 1.67 | 1.50 | 1.40 |" in lines
     assert not [line for line in lines if "style" in line and "128" in line]  # it was not shown looks
     page = results.document(runs, "made so")
-    assert "128 LoRAs of actions and" in page and "| LoFA | 0.400 |" in page
-    del runs["more"]
+    assert "32 and 32, or 128 and 128" in page and "| LoFA | 0.400 |" in page
+    del runs["more"], runs["fewer"]
     assert "128" not in results.document(runs, "made so")
 
 
@@ -102,4 +103,4 @@ def test_what_is_no_evaluated_run_is_named(wrong, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["results", wrong])
     with pytest.raises(SystemExit):
         results.main()
-    assert f"{wrong}: expected one of text, pose, style, all, more, identity" in capsys.readouterr().err
+    assert f"{wrong}: expected one of text, pose, style, all, fewer, more, identity" in capsys.readouterr().err

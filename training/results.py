@@ -2,8 +2,9 @@
 
 `python -m training.results text=runs/text pose=runs/pose style=runs/style all=runs/all
 identity=runs/faces_identity` reads each run's evaluation.json and writes the tables of held-out figures:
-every condition under the network trained for it alone, under the one for all and under one for all with
-more LoRAs (`more=...`), and identity on the second miniature. Runs that are not named are left out.
+every condition under the network trained for it alone, under the one for all and under others for all, with
+fewer or more LoRAs (`fewer=...`, `more=...`), and identity on the second miniature. Runs that are not named
+are left out.
 """
 
 import argparse
@@ -22,10 +23,10 @@ MEASURES = {
     "flow_matching": "flow matching",
 }
 TOGETHER = "all"  # the run of the network for all conditions
-MORE = "more"  # of another for all, with more LoRAs to learn from
+OTHERS = {"fewer": "for all, 32 LoRAs", "more": "for all, 128 LoRAs"}  # runs of others for all: their names here
 KINDS = ("text", "pose", "style")
 IDENTITY = "identity"  # the run on the second miniature
-NAMES = (*KINDS, TOGETHER, MORE, IDENTITY)
+NAMES = (*KINDS, TOGETHER, *OTHERS, IDENTITY)
 
 
 def row_of(found: dict, kind: str) -> dict[str, float] | None:
@@ -39,7 +40,7 @@ def row_of(found: dict, kind: str) -> dict[str, float] | None:
 
 def conditions_table(runs: dict[str, dict]) -> list[str]:
     """Markdown: each kind of condition, the network for it alone and the one for all, and their ratio; and
-    the one with more LoRAs.
+    the others for all.
     """
     lines = [
         "| condition | network | " + " | ".join(MEASURES.values()) + " |",
@@ -51,7 +52,7 @@ def conditions_table(runs: dict[str, dict]) -> list[str]:
             for name, run in (
                 ("for it alone", runs.get(kind)),
                 ("for all", runs.get(TOGETHER)),
-                ("for all, 128 LoRAs", runs.get(MORE)),
+                *((label, runs.get(name)) for name, label in OTHERS.items()),
             )
             if run is not None and (row := row_of(run, kind)) is not None
         }
@@ -165,11 +166,12 @@ def document(
         "",
         *conditions_table(runs),
     ]
-    if MORE in runs:
+    if runs.keys() & OTHERS.keys():
         lines += [
             "",
-            "128 LoRAs of actions and 128 of looks in place of 32 each, and a Stage I that learned their A",
-            "and B beside their maps, for longer. docs/TRAINING.md says what came of it; it is not shipped.",
+            "The network for all is the shipped one: Stage I learns from the LoRAs of 128 actions and 128",
+            "looks, Stage II has those of 32 and 32. The others for all have 32 and 32, or 128 and 128, in",
+            "both stages; docs/TRAINING.md says what else they differ in.",
         ]
     if "both" in runs.get(TOGETHER, {}):
         lines += ["", "## Text and style at once", "", *both_table(runs[TOGETHER])]
