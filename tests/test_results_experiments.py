@@ -169,15 +169,16 @@ def test_bases_that_were_never_seen_stand_beside_the_first(folder):
 def test_stage_one_is_listed_by_the_loras_that_it_learns_from(folder):
     names = (
         "stage1_centred_cosine", "ridge_map_task_cosine", "stage1_cosine", "mean_map_cosine",
-        "stage1_task_cosine", "stage1_often_task_cosine",
+        "stage1_task_cosine", "stage1_often_task_cosine", "trainings",
     )  # fmt: skip
     for count in (128, 32):
-        values = (count / 1000, 0.1, 0.8, 0.7, count / 500, 0.3)
-        response = dict(list(zip(names, values, strict=True))[: 6 if count == 128 else 4])
+        values = (count / 1000, 0.1, 0.8, 0.7, count / 500, 0.3, 8.0)
+        response = dict(list(zip(names, values, strict=True))[: 7 if count == 128 else 4])
         seeds = {"0": {"machine": "cpu", "rows": {}, "response": response, "loras": count}}
         described = {"name": f"Stage I, {count} LoRAs", "seeds": seeds}
         (folder / f"maps{count}.json").write_text(json.dumps(described))
     lines = results_experiments.loras_table(Experiments(folder))
+    assert "| to 8 trainings | ridge regression of maps |" in lines[0]
     assert lines[3] == "| 128 LoRAs | 128 | 1 | 0.256 |  | 0.300 | 0.100 | 0.128 | 0.800 | 0.700 |"
     assert lines[2] == "| 32 LoRAs | 32 | 1 |  |  |  | 0.100 | 0.032 | 0.800 | 0.700 |" and len(lines) == 4
     seeds = {

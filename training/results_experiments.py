@@ -28,7 +28,8 @@ own noise, which stands on both sides. Between tasks: each set of maps less its 
 tasks, so that only what tells tasks apart counts; a map that is the same for all of them scores 0."""
 _OF_STAGE1 = """\
 Between tasks, as above. The most possible for a map that has only the task to go by is the square root of
-what two trainings of one task agree by. "To two trainings": to how often each entry responds in both."""
+what two trainings of one task agree by. "To N trainings": to how often each entry responds in N trainings of
+the task, which says more of how probable a response is than any one of them."""
 
 
 def table_of(found: Experiments, table: Table) -> list[str]:
@@ -108,14 +109,15 @@ def response_table(found: Experiments) -> list[str]:
 
 def loras_table(found: Experiments) -> list[str]:
     """Markdown: Stage I alone, by what it learns from."""
-    headings = ("Stage I", "LoRAs", "seeds", "between tasks", "of the most possible", "to two trainings")
+    alone = [name for name in found.seeds if found.of(name, "loras")]
+    trained = sorted({int(n) for name in alone for n in found.response(name).get("trainings", [])})
+    headings = ("Stage I", "LoRAs", "seeds", "between tasks", "of the most possible")
+    headings += (f"to {' or '.join(map(str, trained)) or 'several'} trainings",)
     headings += ("ridge regression of maps", "centred cosine", "cosine", "mean map, cosine")
     repeat, rows = found.response(AGAIN).get("repeat_task_cosine", []), []
     most = math.sqrt(max(0.0, statistics.fmean(repeat))) if repeat else 0.0
-    for name in found.seeds:
-        if not (counts := set(found.of(name, "loras"))):
-            continue
-        (count,), cosines = counts, found.response(name)
+    for name in alone:
+        (count,), cosines = set(found.of(name, "loras")), found.response(name)
         between = cosines.get("stage1_task_cosine", [])
         shown = [
             mean_and_spread(values, 3)
