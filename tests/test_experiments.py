@@ -88,7 +88,7 @@ set = ["data.lora_tasks=16"]
 [experiment."maps of two trainings"]
 parts = ["stage1"]
 set = ["data.lora_tasks=16"]
-again = ["own"]
+again = ["ow*"]
 """
 
 
@@ -270,6 +270,7 @@ def test_seeds_of_an_experiment_come_together_in_their_order(tmp_path):
         ),
         ('[experiment."A"]\nstage1_of = "B"', "stage1_of = 'B' is no experiment above it"),
         ('[experiment."A"]\nagain = ["B"]', "again = 'B' is no experiment above it"),
+        ('[experiment."A"]\nagain = ["A*"]', r"again = 'A\*' is no experiment above it"),
         ('[experiment."A"]\nprompt = ["fine"]', "unknown key 'prompt'. Did you mean 'prompts'"),
     ],
 )
@@ -279,6 +280,14 @@ def test_a_plan_that_is_wrong_is_named(tmp_path, written, said):
     with pytest.raises(ValueError, match=said) as error:
         Plan.load(path)
     assert "plan.toml" in str(error.value)
+
+
+def test_a_pattern_of_again_stands_for_the_experiments_above_it(tmp_path):
+    path = tmp_path / "plan.toml"
+    names = ["own, again", "own", "own, again 2", "maps", "own, again 3"]
+    sections = [f'[experiment."{name}"]' + '\nagain = ["own, *", "own"]' * (name == "maps") for name in names]
+    path.write_text("\n".join(['config = "a"', 'out = "b"', 'results = "c"', *sections]))
+    assert Plan.load(path).experiments["maps"].again == ("own, again", "own", "own, again 2")
 
 
 def test_the_command_line_says_what_is_wrong(folder, monkeypatch, capsys):

@@ -103,4 +103,5 @@ def test_what_is_no_evaluated_run_is_named(wrong, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["results", wrong])
     with pytest.raises(SystemExit):
         results.main()
-    assert f"{wrong}: expected one of text, pose, style, all, fewer, more, identity" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert f"{wrong}: expected one of text, pose, style, all, fewer, more, identity" in told

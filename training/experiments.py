@@ -13,11 +13,12 @@ seeds can run at once.
 """
 
 import argparse
+import fnmatch
 import json
 import re
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,8 @@ class Experiment:
     parts: of train.py, in order; the last one makes what is judged (of Stage I alone, its maps). Without any,
     it is a method that needs no training, by its name. stage1_of: the experiment whose Stage I it starts
     from. prompts: under which the LoRAs are judged. bases: folders of other base models that they are judged
-    on as well. again: experiments that train the held-out tasks' LoRAs once more, which Stage I's maps are
-    compared with as well.
+    on as well. again: experiments (or patterns: "per-task LoRA, again*") that train the held-out tasks' LoRAs
+    once more, which Stage I's maps are compared with as well.
     """
 
     parts: tuple[str, ...] = ()
@@ -84,12 +85,16 @@ class Plan:
         values = read_toml(path)
         found: dict[str, Experiment] = {}
         for name, given in values.pop("experiment", {}).items():
-            found[name] = fill(Experiment, given, f"{path} [experiment.{name!r}]")
-            for key, named in (("stage1_of", (found[name].stage1_of,)), ("again", found[name].again)):
-                if unknown := [other for other in named if other and other not in found]:
-                    raise ValueError(
-                        f"{path} [experiment.{name!r}]: {key} = {unknown[0]!r} is no experiment above it."
-                    )
+            experiment = fill(Experiment, given, f"{path} [experiment.{name!r}]")
+            wrong = [
+                f"again = {pattern!r}" for pattern in experiment.again if not fnmatch.filter(found, pattern)
+            ]
+            if experiment.stage1_of not in ("", *found):
+                wrong.append(f"stage1_of = {experiment.stage1_of!r}")
+            if wrong:
+                raise ValueError(f"{path} [experiment.{name!r}]: {wrong[0]} is no experiment above it.")
+            again = [other for other in found if any(fnmatch.fnmatch(other, one) for one in experiment.again)]
+            found[name] = replace(experiment, again=tuple(again))
         if unknown := values.keys() - {"config", "out", "results", "set"}:
             raise ValueError(
                 f"{path}: unknown key {min(unknown)!r}. Known here: config, out, results, set, experiment."

@@ -23,7 +23,7 @@ MEASURES = {
     "flow_matching": "flow matching",
 }
 TOGETHER = "all"  # the run of the network for all conditions
-OTHERS = {"fewer": "for all, 32 LoRAs", "more": "for all, 128 LoRAs"}  # runs of others for all: their names here
+OTHERS = {"fewer": "for all, 32 LoRAs", "more": "for all, 128 LoRAs"}  # other networks for all conditions
 KINDS = ("text", "pose", "style")
 IDENTITY = "identity"  # the run on the second miniature
 NAMES = (*KINDS, TOGETHER, *OTHERS, IDENTITY)
