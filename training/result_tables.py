@@ -7,6 +7,7 @@ from dataclasses import dataclass
 PUBLISHED = "reconstruction and diffusion"  # the losses of eq. 8
 BASE, LOFA, YARDSTICK, AGAIN = "base", "LoFA", "per-task LoRA", "per-task LoRA, again"
 BETTER = "LoFA, better Stage I"  # of 128 LoRAs, whose A and B it learns as well
+MAPS_ALONE, MOST = "LoFA, Stage I of 128 LoRAs", "LoFA, Stage I of 448 LoRAs"
 # Training steps of a per-task LoRA, and the experiment: the configuration's own has 120.
 BUDGETS = {
     steps: YARDSTICK if steps == 120 else f"{YARDSTICK}, {steps} steps" for steps in (30, 60, 120, 250)
@@ -105,6 +106,18 @@ TABLES = (
         ),
     ),
     Table(
+        "LoRAs that Stage I learns from",
+        "Stage II's own 32 LoRAs and its steps are the same in each row. Stage I has 200 steps in the first, "
+        "600 in the second, 1,200 and 2,400, of all layers at once, in the last two.",
+        (),
+        (
+            Line("32, by their maps", LOFA),
+            Line("128, by their maps", MAPS_ALONE),
+            Line("128, A and B as well", BETTER),
+            Line("448, A and B as well", MOST),
+        ),
+    ),
+    Table(
         "Threshold of the response map (table 6)",
         "",
         _FVD_DD,
@@ -169,7 +182,14 @@ CHOICES = (
             Line("so does a Stage I of one block", "lightweight Stage I"),
         ),
     ),
-    Choice("Stage I of 32 LoRAs, by their maps", (Line("of 128, A and B as well", BETTER),)),
+    Choice(
+        "Stage I of 32 LoRAs, by their maps",
+        (
+            Line("of 128, by their maps", MAPS_ALONE),
+            Line("of 128, A and B as well", BETTER),
+            Line("of 448, A and B as well", MOST),
+        ),
+    ),
     Choice(
         "the base's weights as input",
         (
