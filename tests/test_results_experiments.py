@@ -178,14 +178,15 @@ def test_stage_one_is_listed_by_the_loras_that_it_learns_from(folder):
         described = {"name": f"Stage I, {count} LoRAs", "seeds": seeds}
         (folder / f"maps{count}.json").write_text(json.dumps(described))
     lines = results_experiments.loras_table(Experiments(folder))
-    assert "| to 8 trainings | ridge regression of maps |" in lines[0]
-    assert lines[3] == "| 128 LoRAs | 128 | 1 | 0.256 |  | 0.300 | 0.100 | 0.128 | 0.800 | 0.700 |"
-    assert lines[2] == "| 32 LoRAs | 32 | 1 |  |  |  | 0.100 | 0.032 | 0.800 | 0.700 |" and len(lines) == 4
+    assert "| to 8 trainings | of the most possible | ridge regression of maps |" in lines[0]
+    assert lines[3] == "| 128 LoRAs | 128 | 1 | 0.256 |  | 0.300 |  | 0.100 | 0.128 | 0.800 | 0.700 |"
+    assert lines[2] == "| 32 LoRAs | 32 | 1 |  |  |  |  | 0.100 | 0.032 | 0.800 | 0.700 |" and len(lines) == 4
     seeds = {
         str(seed): {"machine": "cpu", "rows": {}, "response": {"repeat_task_cosine": 0.16}} for seed in (0, 1)
     }
     (folder / "again.json").write_text(json.dumps({"name": "per-task LoRA, again", "seeds": seeds}))
-    assert "| 0.256 | 0.640 |" in results_experiments.loras_table(Experiments(folder))[3]
+    # of eight trainings that agree by .16: the root of 8 * .16 / (1 + 7 * .16) = .604
+    assert "| 0.256 | 0.640 | 0.300 | 0.386 |" in results_experiments.loras_table(Experiments(folder))[3]
     assert section(folder, folder.parent).count("### Stage I, by the LoRAs that it learns from") == 1
 
 

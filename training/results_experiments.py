@@ -29,7 +29,8 @@ tasks, so that only what tells tasks apart counts; a map that is the same for al
 _OF_STAGE1 = """\
 Between tasks, as above. The most possible for a map that has only the task to go by is the square root of
 what two trainings of one task agree by. "To N trainings": to how often each entry responds in N trainings of
-the task, which says more of how probable a response is than any one of them."""
+the task, which says more of how probable a response is than any one of them, beside its own most possible
+(Spearman and Brown's formula)."""
 
 
 def table_of(found: Experiments, table: Table) -> list[str]:
@@ -107,28 +108,37 @@ def response_table(found: Experiments) -> list[str]:
     return lines
 
 
+def most_possible(agree: float, trainings: float) -> float:
+    """The cosine between a map that has only the task to go by and the mean map of that many trainings, where
+    single ones agree by `agree` with each other (Spearman and Brown's formula).
+    """
+    return math.sqrt(trainings * agree / (1.0 + (trainings - 1.0) * agree))
+
+
 def loras_table(found: Experiments) -> list[str]:
     """Markdown: Stage I alone, by what it learns from."""
     alone = [name for name in found.seeds if found.of(name, "loras")]
     trained = sorted({int(n) for name in alone for n in found.response(name).get("trainings", [])})
     headings = ("Stage I", "LoRAs", "seeds", "between tasks", "of the most possible")
-    headings += (f"to {' or '.join(map(str, trained)) or 'several'} trainings",)
+    headings += (f"to {' or '.join(map(str, trained)) or 'several'} trainings", "of the most possible")
     headings += ("ridge regression of maps", "centred cosine", "cosine", "mean map, cosine")
     repeat, rows = found.response(AGAIN).get("repeat_task_cosine", []), []
-    most = math.sqrt(max(0.0, statistics.fmean(repeat))) if repeat else 0.0
+    agree = max(0.0, statistics.fmean(repeat)) if repeat else 0.0
     for name in alone:
         (count,), cosines = set(found.of(name, "loras")), found.response(name)
-        between = cosines.get("stage1_task_cosine", [])
+        between, often = (cosines.get(f"stage1_{of}task_cosine", []) for of in ("", "often_"))
+        pairs = zip(often, cosines.get("trainings", []), strict=True)
         shown = [
             mean_and_spread(values, 3)
             for values in (
                 between,
-                [cosine / most for cosine in between if most],
+                [cosine / most_possible(agree, 1) for cosine in between if agree],
+                often,
+                [cosine / most_possible(agree, count) for cosine, count in pairs if agree],
                 *(
                     cosines.get(key, [])
                     for key in (
-                        "stage1_often_task_cosine", "ridge_map_task_cosine", "stage1_centred_cosine",
-                        "stage1_cosine", "mean_map_cosine",
+                        "ridge_map_task_cosine", "stage1_centred_cosine", "stage1_cosine", "mean_map_cosine",
                     )
                 ),
             )
